@@ -1,0 +1,43 @@
+"""Self-supervised pretraining for 2D medical images: one file a method, one loop, one evaluation.
+
+A method is a torch.nn.Module with four members; there is no base class. This is the whole contract:
+
+    method.encoder                    the network that is trained for later use: encoder(x) -> (B, dim), with .dim; methods that look at
+                                      places also use encoder.features(x) -> maps, fine to coarse, with .widths and .strides
+    method.views(images, *targets)    -> tuple of tensors. images (B, C, H, W) in [0, 1] on the device. All randomness is here.
+                                      A parameter named labels, masks or groups (patients) is filled in; None where the set has none
+    method.forward(*views)            -> dict with "loss" and whatever is worth logging; "chance", the loss of a network that knows nothing;
+                                      tensors that after_step needs; detached "embedding" and "restored" for the monitor and the pictures.
+                                      Deterministic, and changes no state but BatchNorm's running statistics
+    method.after_step(outs, progress) once after each optimiser step: moving averages, queues, counters. outs are the dicts of the step's
+                                      micro-batches, detached; progress runs over (0, 1]. All state is a parameter or a persistent buffer
+    method.exported                   optional: the encoder to save, where it is not method.encoder
+
+Constructors are Method(encoder, augment, **options); a file's RECIPE holds its paper's training settings.
+"""
+
+from .autoencoder import Autoencoder
+from .byol import BYOL
+from .dcl import DCL
+from .genesis import Genesis
+from .jigsaw import Jigsaw
+from .medmoco import MedMoCo
+from .moco import MoCo
+from .pcrl import PCRL
+from .relative import Relative
+from .rotation import Rotation
+from .rubik import Rubik
+from .simclr import SimCLR
+from .simsiam import SimSiam
+from .spark import SparK
+from .swav import SwAV
+from .together import Together
+from .vicreg import VICReg
+
+METHODS = {
+    "simclr": SimCLR, "dcl": DCL, "simsiam": SimSiam, "byol": BYOL, "vicreg": VICReg, "swav": SwAV, "moco": MoCo,
+    "medmoco": MedMoCo, "spark": SparK,
+    "rotation": Rotation, "relative": Relative, "jigsaw": Jigsaw,
+    "autoencoder": Autoencoder, "genesis": Genesis,
+    "rubik": Rubik, "pcrl": PCRL, "together": Together,
+}

@@ -1,0 +1,119 @@
+"""BYOL: an online network predicts what a slowly following copy of itself says about the other view.
+
+Grill et al., "Bootstrap Your Own Latent: A New Approach to Self-Supervised Learning", NeurIPS 2020.
+
+The idea. As in SimSiam, two views of one image should agree and nothing is pushed apart. The goal of the prediction
+comes from a target network whose weights are a running mean of the online network's: steadier than the online network,
+always a little behind, so that there is something to catch up with.
+
+The algorithm.
+  online:  z = g(f(x)),  p = h(z)           target:  z' = g'(f'(x)), no gradient, BatchNorm in training mode       (1)
+  d(p, z') = 2 - 2 cos(p, z'),      loss = mean d(p1, z'2) + mean d(p2, z'1)                                       (2)
+  target <- m target + (1 - m) online                      after each step, parameters only                        (3)
+  m = 1 - (1 - m_0) (1 + cos(pi t)) / 2                    t: share of the run that is done; m goes from m_0 to 1  (4)
+There is no chance level: the loss runs from 8 to 0, and 0 is reached by the best network and by the useless one. What
+collapse looks like: the loss is near 0 within an epoch, and the spread of the normalised embedding (standard deviation
+over images, mean over dimensions) falls from about 1 / sqrt(D), its healthy value, towards 0.
+
+Shapes. images (B, C, H, W) -> two views (B, C, h, w) -> predictions and targets (B, D) -> one number.
+
+Differences. The paper's loss and cosine momentum (from 0.996); the study that RECIPE follows holds 0.996 throughout,
+writes the loss without the constant 4, and has smaller heads, which are the default here. `export` picks the network
+whose encoder is saved: in that study the online one was better on two of three tasks, the target on the third. Each
+view passes the encoder on its own, so BatchNorm statistics are those of one view. Accumulation of gradients equals a
+larger batch but for those statistics; the target moves once per optimiser step.
+
+Settings of the works that use it:
+  study of ten pretext tasks (RECIPE)   m 0.996 constant; hidden 512 and 512 (projector, predictor), SGD, batch 128 (2D)
+  study of 2D segmentation              m 0.99 to 1; hidden 4096 and 8192, LARS 1.0 per 256 images (trust 0.02), decay
+                                        1e-5, batch 128, 400 epochs, 10 of them warm-up; goes on with the target
+  study of small CT sets                m 0.996 to 1; hidden 4096 and 4096, Adam 1e-3, decay 1.5e-6, batch 64, about 78
+                                        epochs, 10 of them warm-up
+"""
+
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+RECIPE = {                       # Zhang et al. 2023, their settings for 2D images
+    "optimizer": "sgd",          # momentum 0.9, as for all its contrastive tasks
+    "lr": 2e-3,                  # per 256: 1e-3 at batch 128 as in the supplement; the released code says 1e-4
+    "weight_decay": 1e-4,
+    "batch": 128,
+    "epochs": 600,
+    "warmup": 0,                 # cosine without warm-up
+    "views": "ct",               # flips, scale, rotation and blur; no colour change on CT
+    "size": 224,
+}
+
+
+class BYOL(nn.Module):
+    """Predict the slow copy's embedding of the other view."""
+
+    def __init__(self, encoder, augment, hidden=512, predictor_hidden=512, dim=256, momentum=0.996, export="online"):
+        super().__init__()
+        if export not in ("online", "target"):
+            raise ValueError(f"byol: export is {export!r}, choose online or target")
+        self.encoder, self.augment, self.momentum, self.export = encoder, augment, momentum, export
+        self.projector = mlp(encoder.dim, hidden, dim)
+        self.predictor = mlp(dim, predictor_hidden, dim)
+        self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
+        self.target_projector = copy.deepcopy(self.projector).requires_grad_(False)
+
+    @property
+    def exported(self):
+        return self.encoder if self.export == "online" else self.target_encoder
+
+    @torch.no_grad()
+    def views(self, images):
+        return self.augment(images), self.augment(images)                   # 2 x (B, C, h, w)
+
+    def forward(self, x1, x2):
+        z1 = self.projector(self.encoder(x1))                               # (B, D)  Eq. 1
+        z2 = self.projector(self.encoder(x2))                               # (B, D)
+        p1, p2 = self.predictor(z1), self.predictor(z2)                     # (B, D)
+        with torch.no_grad():
+            target1 = self.target_projector(self.target_encoder(x1))        # (B, D)
+            target2 = self.target_projector(self.target_encoder(x2))        # (B, D)
+        loss = cosine_distance(p1, target2) + cosine_distance(p2, target1)  # Eq. 2
+        return {"loss": loss, "embedding": z1.detach()}
+
+    @torch.no_grad()
+    def after_step(self, outs, progress):
+        momentum = momentum_at(self.momentum, progress)                     # Eq. 4
+        ema_update(self.target_encoder, self.encoder, momentum)             # Eq. 3
+        ema_update(self.target_projector, self.projector, momentum)
+
+
+def cosine_distance(p, z):
+    """Mean of 2 - 2 cos over the rows of p, z (B, D), which are normalised here. The caller stops the gradient of z."""
+    p, z = at_least_float32(p, z)
+    return (2 - 2 * F.cosine_similarity(p, z, dim=1)).mean()
+
+
+def momentum_at(start, progress):
+    """Eq. 4: from start to exactly 1, so the target stands still at the end."""
+    return 1 - (1 - start) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def mlp(*widths, norm=True):
+    """Linear layers of these widths, with (BatchNorm and) ReLU between them."""
+    layers = []
+    for fan_in, fan_out in zip(widths, widths[1:]):
+        layers += [nn.Linear(fan_in, fan_out)] + [nn.BatchNorm1d(fan_out)] * norm + [nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers[:-2 if norm else -1])                      # the last layer stays linear
+
+
+def at_least_float32(*tensors):
+    """Half-precision tensors raised to float32; float64 stays, so that tests can be exact."""
+    return [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors]
+
+
+@torch.no_grad()
+def ema_update(slow, fast, momentum):
+    """slow <- momentum slow + (1 - momentum) fast, parameters only: each network keeps its own BatchNorm statistics."""
+    for old, new in zip(slow.parameters(), fast.parameters()):
+        old.lerp_(new, 1 - momentum)

@@ -1,0 +1,245 @@
+"""Views of images: random crops, turns, intensities; for a whole batch at once, on the device, different for every image.
+
+An Augment is called with images (B, C, H, W) in [0, 1] and gives views (B, C, size, size) in [0, 1]. Any number of channels; colour
+(saturation, hue, grayscale) acts on 3-channel images only. With geometry=True it also returns theta (B, 2, 3): the affine map from view
+coordinates to image coordinates, both running from -1 to 1 over the picture (torch's affine_grid with align_corners=False).
+
+The definitions are torchvision's (RandomResizedCrop, ColorJitter, ...), with these differences: crops have fractional borders; crop, flip and
+rotation are one resampling instead of three; jitter runs in the fixed order brightness, contrast, saturation, hue; a blur's width is given for
+a view of 224 pixels and shrinks with the view; the blur's weights are renormalised at the border instead of reflecting the image.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class Augment:
+    size: int                                  # side of the view in pixels
+    crop: tuple = None                         # share of the area kept, (low, high); None keeps the whole image
+    ratio: tuple = (3 / 4, 4 / 3)              # width : height of the crop
+    zoom: tuple = None                         # magnification (low, high), with zoom_p
+    zoom_p: float = 1.0
+    shift: float = 0.0                         # largest translation, as a share of the side
+    rotation: float = 0.0                      # largest angle in degrees, with rotation_p
+    rotation_p: float = 1.0
+    quarter_turn: float = 0.0                  # probability of a turn by 90, 180 or 270 degrees
+    flip: float = 0.0                          # probability of a horizontal flip
+    flip_vertical: float = 0.0
+    brightness: float = 0.0                    # factor uniform in 1 +- this; the same for contrast and saturation
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0                           # shift uniform in +- this, in turns of the colour circle
+    jitter: float = 1.0                        # probability of the four above
+    gamma: tuple = None                        # exponent (low, high), log-uniform
+    grayscale: float = 0.0                     # probability
+    blur: tuple = None                         # Gaussian sigma (low, high) in pixels of a 224-pixel view, with blur_p
+    blur_p: float = 0.5
+    solarise: float = 0.0                      # probability of inverting what is brighter than a half
+    noise: tuple = None                        # standard deviation (low, high), log-uniform, with noise_p
+    noise_p: float = 0.5
+    cutout: tuple = None                       # share of the area set to zero (low, high), with cutout_p
+    cutout_p: float = 0.5
+
+    @torch.no_grad()
+    def __call__(self, images, geometry=False):
+        theta = self.draw_theta(images)                                                          # (B, 2, 3)
+        still = not (self.crop or self.zoom or self.shift or self.rotation or self.quarter_turn or self.flip or self.flip_vertical)
+        if not (still and images.shape[2:] == (self.size, self.size)):
+            images = resample(images, theta, self.size)                                          # (B, C, size, size)
+        images = self.intensities(images)
+        return (images, theta) if geometry else images
+
+    def draw_theta(self, images):
+        """view -> flip -> zoom and crop -> rotation about the image's centre -> image, as one affine map."""
+        (count, _, height, width), device = images.shape, images.device
+        box_w, box_h, x, y = self.draw_crop(count, height, width, device)                        # (B,) each, in units of [-1, 1]
+        if self.zoom:
+            factor = torch.where(chance(count, self.zoom_p, device), uniform(count, *self.zoom, device), 1.0)
+            box_w, box_h = box_w / factor, box_h / factor
+        if self.shift:
+            x, y = x + uniform(count, -2 * self.shift, 2 * self.shift, device), y + uniform(count, -2 * self.shift, 2 * self.shift, device)
+        box_w = torch.where(chance(count, self.flip, device), -box_w, box_w)
+        box_h = torch.where(chance(count, self.flip_vertical, device), -box_h, box_h)
+        angle = torch.zeros(count, device=device)
+        if self.rotation:
+            turn = uniform(count, -self.rotation, self.rotation, device)
+            angle = torch.where(chance(count, self.rotation_p, device), turn, 0.0)
+        if self.quarter_turn:
+            angle = angle + 90 * torch.where(chance(count, self.quarter_turn, device), torch.randint(1, 4, (count,), device=device), 0)
+        cos, sin = torch.cos(angle * math.pi / 180), torch.sin(angle * math.pi / 180)
+        aspect = height / width                            # a turn is rigid in pixels, not in units of width and height
+        rows = [torch.stack([cos * box_w, -sin * box_h * aspect, cos * x - sin * y * aspect], 1),     # (B, 3)
+                torch.stack([sin * box_w / aspect, cos * box_h, sin * x / aspect + cos * y], 1)]
+        return torch.stack(rows, 1)                                                              # (B, 2, 3)
+
+    def draw_crop(self, count, height, width, device):
+        """Half-sides and centre of the crop: ten tries as in RandomResizedCrop, the first that fits, else the whole image."""
+        one, zero = torch.ones(count, device=device), torch.zeros(count, device=device)
+        if not self.crop:
+            return one, one, zero, zero
+        area = uniform((count, 10), *self.crop, device) * height * width                         # (B, 10)
+        ratio = torch.exp(uniform((count, 10), math.log(self.ratio[0]), math.log(self.ratio[1]), device))
+        box_w, box_h = (area * ratio).sqrt() / width, (area / ratio).sqrt() / height             # (B, 10)
+        first = ((box_w <= 1) & (box_h <= 1)).int().argmax(1, keepdim=True)                      # (B, 1); 0 where none fits
+        box_w, box_h = (side.gather(1, first).squeeze(1).clamp(max=1) for side in (box_w, box_h))     # (B,)
+        x, y = (uniform(count, -1, 1, device) * (1 - side) for side in (box_w, box_h))
+        return box_w, box_h, x, y
+
+    def intensities(self, x):
+        count, channels, device = len(x), x.shape[1], x.device
+
+        def factor(spread):
+            return uniform(count, max(0, 1 - spread), 1 + spread, device).view(-1, 1, 1, 1)
+
+        def sometimes(probability, changed, original):
+            return torch.where(chance(count, probability, device).view(-1, 1, 1, 1), changed, original)
+
+        jittered = x
+        if self.brightness:
+            jittered = (jittered * factor(self.brightness)).clamp(0, 1)
+        if self.contrast:
+            jittered = blend(jittered, luminance(jittered).mean((2, 3), keepdim=True), factor(self.contrast))
+        if self.saturation and channels == 3:
+            jittered = blend(jittered, luminance(jittered), factor(self.saturation))
+        if self.hue and channels == 3:
+            jittered = turn_hue(jittered, uniform(count, -self.hue, self.hue, device))
+        if jittered is not x:
+            x = sometimes(self.jitter, jittered, x)
+        if self.gamma:
+            exponent = torch.exp(uniform(count, math.log(self.gamma[0]), math.log(self.gamma[1]), device))
+            x = x ** exponent.view(-1, 1, 1, 1)
+        if self.grayscale and channels == 3:
+            x = sometimes(self.grayscale, luminance(x).expand_as(x), x)
+        if self.blur:
+            x = sometimes(self.blur_p, gaussian_blur(x, uniform(count, *self.blur, device) * self.size / 224), x)
+        if self.solarise:
+            x = sometimes(self.solarise, torch.where(x >= 0.5, 1 - x, x), x)
+        if self.noise:
+            deviation = torch.exp(uniform(count, math.log(self.noise[0]), math.log(self.noise[1]), device)).view(-1, 1, 1, 1)
+            x = sometimes(self.noise_p, (x + deviation * torch.randn_like(x)).clamp(0, 1), x)
+        if self.cutout:
+            x = sometimes(self.cutout_p, x * ~draw_boxes(x, *self.cutout), x)
+        return x
+
+
+def uniform(shape, low, high, device):
+    return torch.rand(shape, device=device) * (high - low) + low
+
+
+def chance(count, probability, device):
+    return torch.rand(count, device=device) < probability                                        # (B,) bool
+
+
+def resample(images, theta, size):
+    """Bilinear, zero outside. Where the picture shrinks, k x k finer samples are averaged, so that nothing is aliased."""
+    k = max(1, math.ceil(max(images.shape[2:]) / size - 1e-6))
+    grid = F.affine_grid(theta, (len(images), 1, size * k, size * k), align_corners=False)       # (B, k size, k size, 2)
+    views = F.grid_sample(images, grid, padding_mode="zeros", align_corners=False)               # (B, C, k size, k size)
+    return F.avg_pool2d(views, k) if k > 1 else views                                            # (B, C, size, size)
+
+
+def warp(mask, theta, size=None):
+    """The masks (B, H, W) that belong to views made with theta: nearest class, 0 (background) outside."""
+    shape = (len(mask), 1, size or mask.shape[1], size or mask.shape[2])
+    grid = F.affine_grid(theta, shape, align_corners=False)
+    picture = F.grid_sample(mask[:, None].float(), grid, mode="nearest", padding_mode="zeros", align_corners=False)
+    return picture[:, 0].to(mask.dtype)                                                          # (B, size, size)
+
+
+def blend(x, other, factor):
+    """other at factor 0, x at factor 1, beyond x above 1."""
+    return (other + factor * (x - other)).clamp(0, 1)
+
+
+def luminance(x):
+    """(B, C, H, W) -> (B, 1, H, W)"""
+    if x.shape[1] != 3:
+        return x.mean(1, keepdim=True)
+    return 0.299 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
+
+
+def turn_hue(x, turn):
+    """RGB -> hue, saturation, value; hue moved by `turn` (B,); and back."""
+    value, low = x.amax(1), x.amin(1)                                                            # (B, H, W)
+    spread = (value - low).clamp(min=1e-12)
+    r, g, b = ((value - x[:, c]) / spread for c in range(3))
+    hue = torch.where(x[:, 0] == value, b - g, torch.where(x[:, 1] == value, 2 + r - b, 4 + g - r)) / 6
+    hue = hue + turn.view(-1, 1, 1)
+    channels = []
+    for n in (5, 3, 1):                                                                          # red, green, blue
+        k = (n + 6 * hue) % 6
+        channels.append(value - (value - low) * torch.minimum(k, 4 - k).clamp(0, 1))
+    return torch.stack(channels, 1)                                                              # (B, 3, H, W)
+
+
+def gaussian_blur(x, sigma):
+    """Row i of the matrix holds the weights with which pixels are averaged into pixel i: one product a side, no kernel size to choose."""
+    def weights(length):
+        distance = torch.arange(length, device=x.device).view(-1, 1) - torch.arange(length, device=x.device)    # (L, L)
+        return torch.softmax(-distance ** 2 / (2 * sigma.clamp(min=1e-3) ** 2).view(-1, 1, 1, 1), -1)           # (B, 1, L, L)
+    return weights(x.shape[2]) @ x @ weights(x.shape[3]).transpose(2, 3)
+
+
+def draw_boxes(x, low, high):
+    """One box an image, of `low` to `high` of its area, somewhere inside: (B, 1, H, W) bool."""
+    count, device = len(x), x.device
+    area, ratio = uniform(count, low, high, device), torch.exp(uniform(count, math.log(0.5), math.log(2), device))
+    inside = True
+    for side, length, shape in (((area * ratio).sqrt(), x.shape[3], (1, 1, 1, -1)), ((area / ratio).sqrt(), x.shape[2], (1, 1, -1, 1))):
+        side = side.clamp(max=1).view(-1, 1, 1, 1)
+        start = torch.rand(count, 1, 1, 1, device=device) * (1 - side)
+        position = ((torch.arange(length, device=device) + 0.5) / length).view(shape)
+        inside = inside & (position >= start) & (position < start + side)
+    return inside
+
+
+# What the works use, by the image they used it on. Where a work gives no value for a field, the field is left at rest.
+RECIPES = {
+    "plain": {},
+    "flips": {"flip": 0.5, "flip_vertical": 0.5},                           # autoencoder and Genesis, Zhang et al.
+    "mild": {"crop": (0.67, 1.0), "flip": 0.5},                             # SparK
+    "contrastive": {                                                        # MoCo v2
+        "crop": (0.2, 1.0), "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1, "jitter": 0.8,
+        "grayscale": 0.2, "blur": (0.1, 2.0), "flip": 0.5},
+    "lowresource": {                                                        # Chattopadhyay et al., with a crop of 0.2 to 1:
+        "crop": (0.2, 1.0), "flip": 0.5, "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1,    # their released
+        "grayscale": 0.2, "blur": (0.1, 2.0), "solarise": 0.1},             # 0.08 to 0.10 shows a tenth of the image
+    "ct": {                                                                 # contrastive tasks on CT, Zhang et al.
+        "crop": (0.25, 1.0), "zoom": (0.8, 1.2), "rotation": 10, "flip": 0.5, "flip_vertical": 0.5, "blur": (0.1, 2.0)},
+    "fundus": {                                                             # contrastive tasks on fundus photographs, the same
+        "zoom": (0.8, 1.2), "shift": 0.2, "rotation": 180, "flip": 0.5, "flip_vertical": 0.5,
+        "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1, "grayscale": 0.2},
+    "mri": {                                                                # BYOL on cardiac MRI, Kalapos and Gyires-Toth
+        "crop": (0.08, 1.0), "flip": 0.5, "brightness": 0.2, "contrast": 0.2, "jitter": 0.2},
+    "slices": {                                                             # MoCo and BYOL on CT slices, Wolf et al.
+        "rotation": 180, "rotation_p": 0.5, "crop": (0.2, 1.0), "brightness": 0.4, "contrast": 0.4, "saturation": 0.4,
+        "hue": 0.1, "blur": (0.1, 2.0), "flip": 0.5, "flip_vertical": 0.5, "noise": (0.0032, 0.01)},
+    "multicrop": {                                                          # SwAV on CT slices, Wolf et al.: the two large crops
+        "crop": (0.9, 1.0), "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.2, "jitter": 0.8,
+        "grayscale": 0.2, "blur": (0.1, 2.0)},
+    "multicrop_small": {                                                    # and the six small ones
+        "crop": (0.1, 0.33), "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.2, "jitter": 0.8,
+        "grayscale": 0.2, "blur": (0.1, 2.0)},
+    "xray": {                                                               # ours: upright, no vertical flip, exposure varies
+        "crop": (0.3, 1.0), "rotation": 10, "flip": 0.5, "brightness": 0.3, "contrast": 0.3, "gamma": (0.7, 1.4), "blur": (0.1, 1.5)},
+    "histology": {                                                          # ours: no orientation, stain varies, size is a cue
+        "crop": (0.5, 1.0), "ratio": (0.9, 1.1), "rotation": 180, "flip": 0.5, "brightness": 0.3, "contrast": 0.3,
+        "saturation": 0.3, "hue": 0.08, "jitter": 0.8, "grayscale": 0.1, "blur": (0.1, 1.5)},
+    # six strengths of augmentation under fine-tuning, Zhang et al.; S0 is none
+    "S0": {},
+    "S1": {"flip": 0.5},
+    "S2": {"quarter_turn": 0.5},
+    "S3": {"flip": 0.5, "rotation": 10, "rotation_p": 0.3},
+    "S4": {"quarter_turn": 0.5, "rotation": 20, "rotation_p": 0.3},
+    "S5": {"flip": 0.5, "quarter_turn": 0.5, "rotation": 30, "rotation_p": 0.6},
+    "S6": {"flip": 0.5, "quarter_turn": 0.5, "rotation": 30, "rotation_p": 0.6, "zoom": (0.8, 1.2), "zoom_p": 0.4},
+}
+
+
+def build(name, size, **changes):
+    """A recipe by name, for views of this size; single fields can be changed."""
+    return replace(Augment(size, **RECIPES[name]), **changes)

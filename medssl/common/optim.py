@@ -1,0 +1,100 @@
+"""Optimisers, schedules and parameter groups.
+
+LARS (You et al. 2017) and LAMB (You et al. 2020) scale each layer's step by |weights| / |step|, so that all layers move by a similar share of
+their own size; that keeps large batches stable. SGD, Adam and AdamW are torch's.
+
+LARS divides by |gradient| + decay * |weights|, as most code does; some divides by |gradient + decay * weights|, which differs a little.
+"""
+
+import math
+
+import torch
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum whose step is scaled per parameter by trust |w| / (|g| + decay |w|)."""
+
+    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust=0.001, nesterov=False, eps=1e-8):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust, nesterov=nesterov,
+                                      eps=eps, decays=True))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for w in group["params"]:
+                if w.grad is None:
+                    continue
+                g = w.grad
+                if group["decays"]:
+                    w_norm, g_norm = w.norm(), g.norm()
+                    ratio = group["trust"] * w_norm / (g_norm + group["weight_decay"] * w_norm + group["eps"])
+                    ratio = torch.where((w_norm > 0) & (g_norm > 0), ratio, 1.0)
+                    g = (g + group["weight_decay"] * w) * ratio
+                state = self.state[w]
+                velocity = state.setdefault("velocity", torch.zeros_like(w))
+                velocity.mul_(group["momentum"]).add_(g)
+                w.sub_(group["lr"] * (g + group["momentum"] * velocity if group["nesterov"] else velocity))
+
+
+class LAMB(torch.optim.Optimizer):
+    """Adam with decoupled decay whose update u is scaled per parameter by |w| / |u|."""
+
+    def __init__(self, params, lr, betas=(0.9, 0.999), weight_decay=0.0, eps=1e-6):
+        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, eps=eps, decays=True))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            group["step"] = group.get("step", 0) + 1
+            for w in group["params"]:
+                if w.grad is None:
+                    continue
+                state = self.state[w]
+                m, v = (state.setdefault(name, torch.zeros_like(w)) for name in ("mean", "square"))
+                m.lerp_(w.grad, 1 - beta1)
+                v.lerp_(w.grad ** 2, 1 - beta2)
+                m_hat, v_hat = m / (1 - beta1 ** group["step"]), v / (1 - beta2 ** group["step"])
+                u = m_hat / (v_hat.sqrt() + group["eps"])
+                if group["decays"]:
+                    u = u + group["weight_decay"] * w
+                    w_norm, u_norm = w.norm(), u.norm()
+                    u = u * torch.where((w_norm > 0) & (u_norm > 0), w_norm / u_norm, 1.0)
+                w.sub_(group["lr"] * u)
+
+
+OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "lars": LARS, "lamb": LAMB}
+SCALED = ("sgd", "lars", "lamb")                # their learning rate is given per 256 images; Adam's as it stands
+
+
+def build(name, groups, lr, options=None):
+    options = dict(options or {})
+    if name == "sgd":
+        options = {"momentum": 0.9, **options}
+    return OPTIMIZERS[name](groups, lr=lr, **options)
+
+
+def parameter_groups(module, weight_decay, scales=None):
+    """Trainable parameters in groups with a rate factor and a decay of their own. Biases, norms and mask tokens, all of which have one
+    dimension longer than 1 at most, are not decayed. scales {name prefix: rate factor} gives parts of the module another rate."""
+    scales = scales or {}
+    groups = {}
+    for name, p in module.named_parameters():
+        if p.requires_grad:
+            rate = next((factor for prefix, factor in scales.items() if name.startswith(prefix)), 1.0)
+            decays = p.squeeze().ndim > 1
+            groups.setdefault((rate, decays), []).append(p)
+    return [{"params": params, "rate": rate, "decays": decays, "weight_decay": weight_decay if decays else 0.0}
+            for (rate, decays), params in groups.items()]
+
+
+def lr_at(step, steps, warmup, lr, lr_end=0.0):
+    """Linear from 0, reaching lr at step `warmup`; from there a cosine to lr_end at step `steps`."""
+    if step < warmup:
+        return lr * step / warmup
+    return cosine((step - warmup) / max(1, steps - warmup), lr, lr_end)
+
+
+def cosine(progress, start, end):
+    """start at progress 0, end at progress 1, along half a cosine."""
+    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2

@@ -1,0 +1,329 @@
+"""What an encoder is worth: its frozen features under a kNN or a linear layer, or the encoder itself trained further with labels.
+
+Frozen read-outs        knn, linear_probe (on features extracted once), Segmenter with a LinearHead
+Trained read-outs       Classifier, Segmenter with a U-Net decoder; both keep to the contract of a method and train through loop.fit
+Choosing                every choice (L2, epoch) is made on validation rows; none of these functions ever sees a test row before it is made
+Rows to learn from      in_order, beginning, thinned: nested, stratified subsets by patient, and a rare class made rarer
+"""
+
+import copy
+import hashlib
+import math
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from . import augment, feed, loop, metrics, optim
+
+L2_GRID = (1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-5)                                # of the linear probe, strong to weak
+
+
+# ---- frozen features
+
+@torch.no_grad()
+def extract(encoder, images, rows, device, size=256):
+    """Pooled features (N, D) of dataset rows, the encoder in evaluation mode and left as it was found."""
+    training = encoder.training
+    encoder.eval()
+    features = [encoder(feed.batch(images, rows[i:i + size], device)).float().cpu() for i in range(0, len(rows), size)]
+    encoder.train(training)
+    return torch.cat(features)
+
+
+def knn(train_features, train_labels, features, k=20, temperature=0.1):
+    """Class shares (N, classes) by the k nearest training images in cosine distance, weighted by exp(similarity / temperature)."""
+    train_labels = torch.as_tensor(np.asarray(train_labels))
+    known, shares = F.normalize(train_features, dim=1), []
+    for part in F.normalize(features, dim=1).split(4096):                                            # bounds the memory
+        similarity = part @ known.T                                                                  # (n, M)
+        nearest, index = similarity.topk(min(k, similarity.shape[1]), dim=1)                         # (n, k)
+        votes = F.one_hot(train_labels[index], int(train_labels.max()) + 1) * (nearest / temperature).exp().unsqueeze(2)
+        shares.append(votes.sum(1) / votes.sum((1, 2)).unsqueeze(1))                                 # (n, classes)
+    return torch.cat(shares).numpy()                                                                 # (N, classes)
+
+
+def linear_probe(features, labels, train, val, classes, class_weights=None):
+    """Logistic regression on features (N, D) standardised over the training rows. The L2 penalty with the best balanced accuracy on the
+    validation rows is kept, the stronger one if two are equal. Returns the class shares of any rows, as a function, and what was chosen."""
+    mean, std = features[train].mean(0), features[train].std(0, correction=0)
+    x = (features - mean) / torch.where(std > 1e-6 * features[train].abs().max(), std, 1.0)          # (N, D); a constant feature stays 0
+    y, best, weights = torch.as_tensor(labels), None, None
+    for l2 in L2_GRID:
+        weights = logistic(x[train], y[train], classes, l2, class_weights, weights)
+        score = metrics.balanced_accuracy(labels[val], affine(x[val], weights).argmax(1))
+        if best is None or score > best["validation"]:
+            best, chosen = {"validation": score, "l2": l2}, weights
+    return lambda rows: affine(x[rows], chosen).softmax(1).numpy(), best
+
+
+def logistic(x, y, classes, l2, class_weights=None, start=None):
+    """Weights (D + 1, classes), the last row the bias, that minimise mean cross-entropy + l2 / 2 |weights without bias|^2, by L-BFGS."""
+    weights = (torch.zeros(x.shape[1] + 1, classes, dtype=x.dtype) if start is None else start.clone()).requires_grad_()
+    optimizer = torch.optim.LBFGS([weights], max_iter=100, tolerance_grad=1e-6, tolerance_change=1e-9, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        value = F.cross_entropy(affine(x, weights), y, class_weights) + l2 / 2 * weights[:-1].square().sum()
+        value.backward()
+        return value
+    optimizer.step(loss)
+    return weights.detach()
+
+
+def affine(x, weights):
+    return x @ weights[:-1] + weights[-1]                                   # (N, classes)
+
+
+def freeze(encoder):
+    """No gradients, and evaluation mode that the loop's train() cannot undo: BatchNorm keeps its statistics."""
+    encoder.eval().requires_grad_(False)
+    encoder.train = lambda mode=True: encoder
+
+
+def release(encoder):
+    vars(encoder).pop("train", None)
+    encoder.requires_grad_(True)
+
+
+def fingerprint(module):
+    """Hash of all weights and buffers."""
+    digest = hashlib.sha256()
+    for value in module.state_dict().values():
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+# ---- losses of logits (B, K, ...) against classes (B, ...)
+
+def overlap(logits, targets):
+    """Shared, predicted and true mass of each class (K,), over all pixels of the batch."""
+    shares = logits.softmax(1)
+    truth = F.one_hot(targets, logits.shape[1]).movedim(-1, 1).to(shares.dtype)                      # (B, K, ...)
+    pixels = [0, *range(2, logits.ndim)]
+    return (shares * truth).sum(pixels), shares.sum(pixels), truth.sum(pixels)
+
+
+def one_minus(ratio, true):
+    """1 - the mean over the classes that the batch holds."""
+    return 1 - (ratio * (true > 0)).sum() / (true > 0).sum()
+
+
+def cross_entropy(logits, targets, class_weights=None):
+    return F.cross_entropy(logits, targets, class_weights)
+
+
+def soft_dice(logits, targets, class_weights=None):
+    """Soft Dice + cross-entropy."""
+    both, predicted, true = overlap(logits, targets)
+    return one_minus(2 * both / (predicted + true), true) + F.cross_entropy(logits, targets, class_weights)
+
+
+def soft_jaccard(logits, targets, class_weights=None):
+    both, predicted, true = overlap(logits, targets)
+    return one_minus(both / (predicted + true - both), true)
+
+
+LOSSES = {"ce": cross_entropy, "balanced": cross_entropy, "dice": soft_dice, "jaccard": soft_jaccard}
+
+
+def balanced_weights(counts):
+    """Class weights by which every class weighs alike; 0 for a class that is not there."""
+    counts = np.asarray(counts, float)
+    present = counts > 0
+    return torch.tensor(present * counts.sum() / (np.maximum(counts, 1) * present.sum()), dtype=torch.float32)
+
+
+# ---- supervised methods
+
+class Classifier(nn.Module):
+    """One linear layer on the pooled feature."""
+
+    def __init__(self, encoder, augment, classes, loss="ce", class_weights=None):
+        super().__init__()
+        self.encoder, self.augment, self.loss = encoder, augment, LOSSES[loss]
+        self.head = nn.Linear(encoder.dim, classes)
+        self.register_buffer("class_weights", torch.ones(classes) if class_weights is None else class_weights)
+
+    @torch.no_grad()
+    def views(self, images, labels):
+        return self.augment(images), labels
+
+    def forward(self, x, labels):
+        return {"loss": self.loss(self.logits(x), labels, self.class_weights), "chance": math.log(self.head.out_features)}
+
+    def logits(self, x):
+        return self.head(self.encoder(x)).float()                           # (B, classes)
+
+    def answer(self, x):
+        return self.logits(x).softmax(1)
+
+    def after_step(self, outs, progress):
+        pass
+
+
+class Segmenter(nn.Module):
+    """A head on the encoder's maps: head(maps) -> (B, classes, h, w). The masks take the way of the images, nearest, background outside."""
+
+    def __init__(self, encoder, augment, head, classes, loss="dice", class_weights=None):
+        super().__init__()
+        self.encoder, self.augment, self.head, self.loss = encoder, augment, head, LOSSES[loss]
+        self.register_buffer("class_weights", torch.ones(classes) if class_weights is None else class_weights)
+
+    @torch.no_grad()
+    def views(self, images, masks):
+        x, theta = self.augment(images, geometry=True)
+        return x, augment.warp(masks, theta).long()                         # (B, C, H, W), (B, H, W)
+
+    def forward(self, x, masks):
+        return {"loss": self.loss(self.logits(x), masks, self.class_weights)}
+
+    def logits(self, x):
+        logits = self.head(self.encoder.features(x)).float()                # (B, classes, h, w)
+        return F.interpolate(logits, x.shape[2:], mode="bilinear")          # (B, classes, H, W); as they are where they fit
+
+    def answer(self, x):
+        return self.logits(x).argmax(1).byte()                              # (B, H, W)
+
+    def after_step(self, outs, progress):
+        pass
+
+
+class LinearHead(nn.Module):
+    """A 1x1 convolution on the four maps, brought to stride 4 and joined. A BatchNorm without weights of its own puts the maps on one scale:
+    in evaluation the whole is one affine map of each place's features."""
+
+    def __init__(self, widths, strides, classes):
+        super().__init__()
+        self.stride = strides[0]
+        self.scale, self.out = nn.BatchNorm2d(sum(widths), affine=False), nn.Conv2d(sum(widths), classes, 1)
+
+    def forward(self, maps):
+        size = [max(1, side * self.stride // 4) for side in maps[0].shape[2:]]
+        maps = [F.interpolate(m, size, mode="area" if m.shape[2] > size[0] else "bilinear") for m in maps]
+        return self.out(self.scale(torch.cat(maps, 1)))                     # (B, classes, H / 4, W / 4)
+
+
+@torch.no_grad()
+def answers(method, images, rows, device, size=128):
+    """Class shares (N, K) or masks (N, H, W) of dataset rows."""
+    training = method.training
+    method.eval()
+    parts = [method.answer(feed.batch(images, rows[i:i + size], device)).cpu() for i in range(0, len(rows), size)]
+    method.train(training)
+    return torch.cat(parts).numpy()
+
+
+def tune(method, dataset, rows, score, config, look, frozen_steps=0, weights=None, head_rate=1.0):
+    """Train with the loop: `frozen_steps` with the encoder frozen, then (a second fit, a fresh optimiser) all of it. score(method) on validation
+    images is taken every `look` steps, and the weights with the best one are those that remain. Returns [(step, score)], before training first."""
+    method.to(loop.processes(config.device)[2])
+    curve, best, done = [(0, score(method))], None, 0
+    for phase, steps in enumerate((frozen_steps, config.steps - frozen_steps)):
+        if not steps:
+            continue
+        (release if phase else freeze)(method.encoder)
+        part = replace(config, steps=steps, warmup=min(config.warmup, steps // 10), seed=2 * config.seed + phase, log_every=look)
+        groups = optim.parameter_groups(method, config.weight_decay, {"head.": head_rate})
+        for record in loop.fit(method, dataset, part, rows, weights, groups):
+            if record["step"] % look == 0 or record["step"] == steps:
+                curve.append((done + record["step"], score(method)))
+                if best is None or curve[-1][1] > best[0]:
+                    best = curve[-1][1], copy.deepcopy(method.state_dict())
+        if record["step"] < steps:                                          # the loop ends early, and in order, on Ctrl-C
+            raise KeyboardInterrupt
+        done += steps
+    method.load_state_dict(best[1])
+    return curve
+
+
+def steps_to(curve, level):
+    """The first step at which a validation curve reaches this level; nan if it never does."""
+    return next((step for step, score in curve if score >= level), math.nan)
+
+
+# ---- scores, each as (name: value), and what the bootstrap draws from: a function of rows, and the patient of each row
+
+def class_scores(labels, shares, classes, groups):
+    """shares (N, K). AUC is in the bootstrap where there are two classes; with many it would take minutes."""
+    predictions, two = shares.argmax(1), shares.shape[1] == 2
+    found = metrics.recalls(labels, predictions, len(classes))              # (K,)
+    scores = {"balanced_accuracy": metrics.balanced_accuracy(labels, predictions), "auc": metrics.auc(labels, shares),
+              "accuracy": metrics.accuracy(labels, predictions), "macro_f1": metrics.macro_f1(labels, predictions),
+              "average_precision": metrics.average_precision(labels, shares), "quadratic_kappa": metrics.quadratic_kappa(labels, predictions)}
+    scores |= {f"recall {name}": float(value) for name, value in zip(classes, found)}
+
+    def again(rows):
+        draw = [metrics.balanced_accuracy(labels[rows], predictions[rows])]
+        return np.array(draw + [metrics.auc(labels[rows], shares[rows])] * two)
+    return scores, again, groups
+
+
+def mask_scores(predictions, masks, classes, groups):
+    """Dice and IoU per class, over a patient's slices together and per slice, and their mean over the classes but background. A class that is
+    in neither mask has no value there and is left out of the mean; one that is in a single mask counts as 0."""
+    counts = np.array([metrics.overlap(p, m, len(classes)) for p, m in zip(predictions, masks)], float)      # (N, 3, K)
+    patient = np.unique(groups, return_inverse=True)[1]
+    sums = np.zeros((patient.max() + 1, *counts.shape[1:]))                                                  # (patients, 3, K)
+    np.add.at(sums, patient, counts)
+    scores, single = {}, {}
+    for unit, (both, predicted, true) in (("", sums.swapaxes(0, 1)), ("_per_slice", counts.swapaxes(0, 1))):
+        for name, values in (("dice", metrics.ratio(2 * both, predicted + true)), ("iou", metrics.ratio(both, predicted + true - both))):
+            each = mean_by_class(values)                                    # (K,)
+            scores[name + unit] = metrics.mean_defined(each[1:])
+            scores |= {f"{name}{unit} {c}": float(value) for c, value in list(zip(classes, each))[1:]}
+            single[name + unit] = values                                    # (patients or N, K)
+
+    def again(rows):
+        return np.array([metrics.mean_defined(mean_by_class(single[name][rows, 1:])) for name in ("dice", "iou")])
+    return scores, again, np.arange(len(sums)), single["dice_per_slice"][:, 1:]
+
+
+def mean_by_class(values):
+    return metrics.ratio(np.nansum(values, 0), (~np.isnan(values)).sum(0))
+
+
+# ---- rows to learn from
+
+def in_order(rows, groups, strata, seed, tries=16):
+    """The rows patient by patient, in an order whose every beginning holds the strata (classes) in about their shares of the whole: of the next
+    `tries` patients of a shuffled list, the one that brings the shares nearest comes first. So subsets are nested, by patient and stratified."""
+    _, member = np.unique(groups, return_inverse=True)
+    strata = np.unique(strata, return_inverse=True)[1]
+    counts = np.zeros((member.max() + 1, strata.max() + 1))                 # (patients, strata)
+    np.add.at(counts, (member, strata), 1)
+    whole, total = counts.sum(0) / counts.sum(), np.zeros(counts.shape[1])
+    left, chosen = list(np.random.default_rng(seed).permutation(len(counts))), []
+    while left:
+        after = total + counts[left[-tries:]]                               # (tries, strata)
+        away = ((after / after.sum(1, keepdims=True) - whole) ** 2 / whole).sum(1)
+        chosen.append(left.pop(len(left) - len(away) + int(away.argmin())))
+        total += counts[chosen[-1]]
+    if len(chosen) == len(rows):
+        place = np.empty(len(chosen), int)
+        place[member] = np.arange(len(rows))
+        return rows[place[chosen]]
+    members = np.split(np.argsort(member, kind="stable"), np.cumsum(np.bincount(member))[:-1])
+    return np.concatenate([in_order(rows[own], own, strata[own], seed, tries) for own in (members[g] for g in chosen)])
+
+
+def beginning(order, groups, amount):
+    """The first rows of an order: "0.25" the whole patients that come nearest to this share of the images, "7n" seven images, and with them the
+    patients begun. groups: the patient of each row in this order."""
+    if amount.endswith("n"):
+        if int(amount[:-1]) > len(order):
+            raise ValueError(f"--labels {amount}: there are {len(order)} labelled training images")
+        return order[:int(amount[:-1])]
+    ends = np.append(np.flatnonzero(groups[1:] != groups[:-1]) + 1, len(order))
+    return order[:ends[np.abs(ends - float(amount) * len(order)).argmin()]]
+
+
+def thinned(order, labels, rare, ratio):
+    """The first rows of each class: as many of every class as there are of the rare one, and of that one 1 / ratio as many. labels: of these rows."""
+    most = (labels == rare).sum()
+    place = np.empty(len(order), int)                                       # how many of its class came before
+    for c in np.unique(labels):
+        place[labels == c] = np.arange((labels == c).sum())
+    return order[place < np.where(labels == rare, max(1, round(most / ratio)), most)]

@@ -1,0 +1,280 @@
+"""What a path holds, before any pixel is decoded: the images' names, labels, masks, splits and groups.
+
+    folder          images at any depth; one folder per class; images/ beside masks/ (or labels/); train/, val/, test/ above any of these
+    split.csv       in the folder: columns file, label, split, group, ...; a label is a class, the path of a mask, or empty
+    set.npz         MedMNIST: train_images, train_labels, val_images, ...
+    stack.npy       (N, rows, columns), (N, rows, columns, 3) or (N, channels, rows, columns)
+    prepared        what `python -m medssl.common.data PATH --to prepared` wrote (see prepare.py)
+
+How a plain folder is read: pictures exactly one folder deep belong to the class that the folder is named after; pictures that lie deeper have no
+label, and the folder they lie in is their group. A group is whatever must not be torn apart by a split: a patient, a smear, a volume. A mask
+belongs to the image of the same name in images/.
+"""
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from medssl.common import readers
+
+FLAT, SOLID = readers.IMAGES + (".npy",), readers.VOLUMES + readers.DICOM  # pictures; volumes, which have to be prepared
+SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test", "testing": "test",
+          "unlabeled": "unlabeled", "unlabelled": "unlabeled"}
+PREPARED = "prepared folder"
+ARRAYS = ("npz", "npy", PREPARED)                                           # kinds of set whose images are rows of an array, not files
+NO_MASK = 255
+UNPACKED = "unpacked"                                                       # temporary folder inside that of a set being built
+
+
+@dataclass
+class Source:
+    """What a path was found to hold, before any pixel is decoded. Every list has one entry per image."""
+    path: str
+    kind: str                                                               # in words
+    names: list                                                             # what messages call each image
+    files: list                                                             # every file whose change must be noticed
+    open: Callable                                                          # open(folder) -> read(row), read_mask(row) or None for no mask
+    labels: list | None = None                                              # class names, "" = none
+    groups: list | None = None                                              # "" = a group of its own
+    splits: list | None = None
+    masks: list | None = None                                               # paths, "" = none
+    volumes: tuple | list = ()                                              # the names that are volumes, not single images
+
+    @property
+    def name(self):
+        return re.sub(r"[^\w-]", "_", Path(self.path).name.split(".")[0]) or "set"
+
+
+def find(path, label="label", group_by=None, volumes=False):
+    """The Source behind a path. Volumes are refused unless asked for: they have to be cut into slices first."""
+    path = Path(os.path.abspath(Path(path).expanduser()))
+    kind = readers.suffix(path.name)
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder (the built-in set is called phantoms)")
+    if path.is_dir() and (path / "images.npy").is_file() and (path / "info.json").is_file():
+        source = from_prepared(path, label)
+    elif path.is_dir() and (path / "split.csv").is_file():
+        source = from_csv(path / "split.csv", label)
+    elif path.is_dir():
+        source = from_folder(path)
+    elif kind == ".csv":
+        source = from_csv(path, label)
+    elif kind == ".npz":
+        source = from_npz(path)
+    elif kind == ".npy":
+        source = from_npy(path)
+    elif kind in SOLID:
+        source = from_files(path, "one volume", [path.name], [str(path)])
+    else:
+        raise ValueError(f"{path}: a set is a folder, a split.csv, a .npz or a .npy, not a single {kind or 'unnamed'} file")
+    if label != "label" and source.kind not in ("split.csv", PREPARED):
+        raise ValueError(f"{path}: label={label} picks a column of a split.csv, and there is none")
+    if source.volumes and not volumes:
+        raise ValueError(f"{path}: holds volumes ({source.volumes[0]}{', ...' if len(source.volumes) > 1 else ''}): cut them into slices first with "
+                         f"`python -m medssl.common.data {path} --to FOLDER`, then open FOLDER")
+    if group_by:
+        source.groups = grouped(source, group_by)
+        if group_by == "parent" and source.kind == "class folders":
+            source.kind, source.labels = "one folder per group", None       # the folders are patients then, not classes
+    return source
+
+
+def is_solid(file):
+    """Whether this is a volume: by its ending, or a folder of DICOM slices."""
+    return file.lower().endswith(SOLID) or not file.lower().endswith(FLAT) and os.path.isdir(file)
+
+
+def grouped(source, pattern):
+    if source.kind in ARRAYS:
+        raise ValueError(f"{source.path}: --group-by looks at file names, and a {source.kind} has none")
+    if pattern == "parent":
+        return [os.path.dirname(name) for name in source.names]
+    try:
+        found = [re.search(pattern, name) for name in source.names]
+    except re.error as error:
+        raise ValueError(f"--group-by {pattern}: not a regular expression ({error})") from None
+    missed = [name for name, match in zip(source.names, found) if not match or not match.group(bool(match.re.groups))]
+    if missed:
+        raise ValueError(f"--group-by {pattern}: {len(missed)} of {len(found)} names do not match, the first is {missed[0]}")
+    return [match.group(bool(match.re.groups)) for match in found]
+
+
+def from_files(path, kind, names, files, masks=None, **lists):
+    """A source of image files, and of mask files ("" = none)."""
+    masks = masks if masks and any(masks) else None
+    volumes = [name for name, file in zip(names, files) if is_solid(file)]
+    read = readers.read_volume if volumes else readers.read
+
+    def open_files(folder):
+        return lambda row: read(files[row]), lambda row: read_mask(masks[row]) if masks and masks[row] else None
+    return Source(str(path), kind, names, files + [mask for mask in masks or [] if mask], open_files, masks=masks,
+                  volumes=volumes, **lists)
+
+
+def read_mask(path):
+    """Class indices (rows, columns). A palette is only how a mask is shown, so its indices are taken as they are."""
+    if readers.suffix(path) == ".png":
+        try:
+            with Image.open(path) as picture:
+                if picture.mode == "P":
+                    return np.array(picture)
+        except OSError:
+            pass                                                            # readers.read knows how to say what is wrong
+    return readers.read_volume(path)
+
+
+def from_csv(path, label):
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, restval="")
+            rows, columns = list(reader), reader.fieldnames or []
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a table in UTF-8 with commas ({error})") from None
+    if "file" not in columns or not rows:
+        raise ValueError(f"{path}: " + ("no rows" if "file" in columns else f"no column `file` among {', '.join(columns)} (the delimiter is a comma)"))
+    if label not in columns and label != "label":
+        raise ValueError(f"{path}: no column {label}; there are {', '.join(columns)}")
+    wide = next((number for number, row in enumerate(rows, 2) if None in row), None)
+    if wide:
+        raise ValueError(f"{path}: line {wide} has more fields than the header; put quotes around a name that holds a comma")
+
+    def column(name):
+        return [row[name].strip() for row in rows] if name in columns else None
+
+    names, splits, chosen = column("file"), column("split"), column(label)
+    for number, value in enumerate(splits or [], 2):
+        if value.lower() not in SPLITS:
+            raise ValueError(f"{path}: line {number} has split {value or '(empty)'}; choose train, val, test or unlabeled")
+    labels, masks = None, None
+    for values in [column("mask"), column("label"), chosen]:                # `--label type` does not take the masks away
+        paths = [readers.suffix(value) in FLAT + SOLID for value in values or [] if value]
+        if any(paths) and not all(paths):
+            raise ValueError(f"{path}: a label column holds both classes and paths of masks ({values[0]}, ...)")
+        masks = values if any(paths) else masks
+        labels = chosen if paths and not any(paths) and values == chosen else labels
+    folder = os.path.abspath(path.parent)
+    return from_files(path.parent if path.name == "split.csv" else path, "split.csv", names, [os.path.join(folder, name) for name in names],
+                      masks and [mask and os.path.join(folder, mask) for mask in masks], labels=labels,
+                      groups=column("group"), splits=splits and [SPLITS[value.lower()] for value in splits])
+
+
+def from_folder(path):
+    names = []
+    for folder, folders, files in os.walk(path, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        inside = sorted(name for name in files if not name.startswith(".") and name.lower().endswith(FLAT + SOLID))
+        below = os.path.relpath(folder, path).replace(os.sep, "/") + "/"
+        if len(inside) > 1 and all(readers.suffix(name) == ".dcm" for name in inside) and is_series(folder, inside):
+            inside, below = [""], below.rstrip("/")                         # a series: the folder is one volume
+        names += [(below + name).removeprefix("./") for name in inside]
+    if not names:
+        raise ValueError(f"{path}: no images found ({' '.join(FLAT + SOLID)})")
+    parts = [name.split("/") for name in names]
+    splits = None
+    if all(len(part) > 1 and part[0].lower() in SPLITS for part in parts):
+        splits = [SPLITS[part[0].lower()] for part in parts]
+        parts = [part[1:] for part in parts]
+    masks = None
+    tops = {part[0] for part in parts if len(part) > 1}
+    if "images" in tops and tops & {"masks", "labels"}:
+        key = lambda row: (splits and splits[row], *parts[row][1:-1], parts[row][-1].removesuffix(readers.suffix(parts[row][-1])))     # noqa: E731
+        rows = [row for row, part in enumerate(parts) if part[0] == "images"]
+        by_stem = {key(row): names[row] for row, part in enumerate(parts) if part[0] in ("masks", "labels")}
+        masks = [by_stem.pop(key(row), "") for row in rows]
+        if by_stem:
+            raise ValueError(f"{path}: {len(by_stem)} masks have no image of the same name, the first is {min(by_stem.values())}")
+        names, parts, splits = [names[row] for row in rows], [parts[row] for row in rows], splits and [splits[row] for row in rows]
+        masks = [mask and os.path.join(path, mask) for mask in masks]
+    if all(part[0] == "images" for part in parts):
+        parts = [part[1:] for part in parts]
+    parents = ["/".join(part[:-1]) for part in parts]
+    kind, labels, groups = "images and masks" if masks else "folder of images", None, None
+    if len(set(parents)) > 1:
+        if all(len(part) == 2 for part in parts):
+            kind, labels = "class folders", parents
+        else:
+            groups = parents
+    return from_files(path, kind, names, [os.path.join(path, name) for name in names], masks, labels=labels, groups=groups, splits=splits)
+
+
+def is_series(folder, names):
+    """Whether DICOM files of a folder are the slices of one volume (X-rays of many patients are not): the first two tell."""
+    heads = []
+    for path in (os.path.join(folder, name) for name in names[:2]):
+        with readers.naming(path):
+            heads.append(readers._open_dicom(path, stop_before_pixels=True).get("SeriesInstanceUID"))
+    return heads[0] is not None and heads[0] == heads[1]
+
+
+def from_npz(path):
+    with readers.naming(path), np.load(path, allow_pickle=False) as archive:
+        if "train_images" not in archive.files:
+            raise ValueError(f"not a MedMNIST file: no train_images, but {', '.join(archive.files)}")
+        parts = [part for part in ("train", "val", "test") if f"{part}_images" in archive.files]
+        if any(f"{part}_labels" not in archive.files for part in parts):
+            raise ValueError(f"not a MedMNIST file: no labels for some of {', '.join(archive.files)}")
+        columns = [archive[f"{part}_labels"] for part in parts]
+    names = [f"{part}_images[{row}]" for part, rows in zip(parts, columns) for row in range(len(rows))]
+    splits = [part for part, rows in zip(parts, columns) for _ in rows]
+    labels = np.concatenate(columns).reshape(len(names), -1)                # (N, labels per image); of several none can be the class
+    ends = np.cumsum([len(rows) for rows in columns])
+
+    def open_npz(folder):                                                   # unpacked to disk, as it may be larger than the memory
+        with readers.naming(path), zipfile.ZipFile(path) as members:
+            stacks = [open_stack(members.extract(f"{part}_images.npy", Path(folder) / UNPACKED), f"{path}: {part}_images") for part in parts]
+        if [len(stack) for stack in stacks] != [len(rows) for rows in columns]:
+            raise ValueError(f"{path}: not as many labels as images")
+
+        def read(row):
+            part = np.searchsorted(ends, row, side="right")
+            return stacks[part][row - ends[part]]                           # counted from the end
+        return read, lambda row: None
+    return Source(str(path), "npz", names, [str(path)], open_npz, list(map(str, labels[:, 0])) if labels.shape[1] == 1 else None, splits=splits)
+
+
+def open_stack(path, called):
+    """The images of a .npy as (N, rows, columns[, 3]), memory-mapped."""
+    try:
+        stack = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{called}: not a whole array of numbers ({str(error).splitlines()[0]})") from None
+    if stack.ndim == 4 and stack.shape[1] in (1, 3) and stack.shape[3] not in (1, 3):
+        stack = np.moveaxis(stack, 1, 3)                                    # (N, rows, columns, C)
+    if stack.ndim == 4 and stack.shape[3] == 1:
+        stack = stack[..., 0]                                               # (N, rows, columns)
+    if stack.ndim not in (3, 4) or stack.size == 0:
+        raise ValueError(f"{called}: shape {stack.shape} is not a stack of images (N, rows, columns[, 3])")
+    return stack
+
+
+def from_npy(path):
+    stack = open_stack(path, path)
+    return Source(str(path), "npy", [f"{path.name}[{row}]" for row in range(len(stack))], [str(path)],
+                  lambda folder: (stack.__getitem__, lambda row: None))
+
+
+def from_prepared(path, label):
+    with open(path / "table.csv", newline="", encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    if label not in ("label", json.loads((path / "info.json").read_text())["label"]):
+        raise ValueError(f"{path}: prepared without the column {label}; prepare it again with --label {label}")
+    lists = {name + "s": [row[name] for row in table] for name in ("label", "group", "split") if any(row[name] for row in table)}
+    masks = [f"{path / 'masks.npy'}"] * len(table) if (path / "masks.npy").is_file() else None
+
+    def open_prepared(folder):
+        images, classes = open_stack(path / "images.npy", path), np.load(path / "masks.npy", mmap_mode="r") if masks else None
+
+        def read_mask(row):
+            return classes[row] if classes[row].min() < NO_MASK else None
+        return images.__getitem__, read_mask
+    return Source(str(path), PREPARED, [f"image {row}" for row in range(len(table))], [str(path / "info.json"), str(path / "images.npy")],
+                  open_prepared, masks=masks, **lists)

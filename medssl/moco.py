@@ -1,0 +1,177 @@
+"""MoCo v2: contrast with a long queue of past embeddings, made by a slow copy of the network.
+
+He et al., "Momentum Contrast for Unsupervised Visual Representation Learning", CVPR 2020; Chen et al., "Improved
+Baselines with Momentum Contrastive Learning", 2020.
+
+The idea. Contrast needs many negatives, and SimCLR needs a large batch to have them. MoCo remembers the embeddings of
+past batches in a queue. For old and new ones to be comparable, they are made by a key network that follows the trained
+one slowly: an average over about 1 / (1 - momentum) steps.
+
+The algorithm.
+  q = normalised g(f(x1)),   k = normalised g'(f'(x2))     encoder f, projector g; f', g' their slow copies         (1)
+  loss = mean of -log [ exp(q.k / T) / (exp(q.k / T) + sum over queue rows n of exp(q.n / T)) ]                     (2)
+  f' <- m f' + (1 - m) f,   likewise g'                    after the optimiser's step, parameters only              (3)
+  the keys replace the oldest rows of the queue            after the loss, so that no image is its own negative     (4)
+  keys are encoded in shuffled order in several chunks     "split BatchNorm": each chunk has its own statistics     (5)
+(5) is needed because q and k of one batch would share its BatchNorm statistics, and the network would recognise the
+partner by these. A network that knows nothing scores ln(K + 1), K the length of the queue. The first steps score far
+less, because the queue starts with noise that is easy to tell from keys; the loss *rises* for K / batch steps while
+keys replace it. That ratio is also the age of the oldest key in steps; it should stay below 1 / (1 - m), and K below
+the number N of images: each image meets about K / N of its own old keys as negatives.
+
+Shapes. images (B, C, H, W) -> two views (B, C, h, w), an order (B,), patients (B,) -> unit q, k (B, D) -> one number.
+
+Differences. The released code shuffles across processes and refuses to run on one; here each process splits its own
+batch. It updates the key network at the start of the next forward, here the step ends with it. It asks that the batch
+divides K; here the queue wraps around. With `same_patient_negatives=False` queue rows of the image's own patient do not
+count as negatives: slices of one patient look alike. Across processes all keys enter everyone's queue. Gradient
+accumulation leaves the number of negatives as it is: all micro-batches meet the same queue.
+
+Settings of the works that use it (SGD with momentum 0.9, cosine; the first two: K 65536, m 0.999, head 2048-2048-128):
+  study of pretraining for CT slices (RECIPE)   temperature 0.07, lr 0.015 at batch 128, decay 1e-4, 800 epochs
+  MoCo v2                                       temperature 0.2, lr 0.03 at batch 256, decay 1e-4, 200 or 800 epochs
+  MoCo on CIFAR-10 (ResNet-18)                  temperature 0.1, lr 0.06 at batch 512, decay 5e-4, K 4096, m 0.99
+"""
+
+import copy
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+RECIPE = {                       # Wolf et al. 2023, the released code and its commands
+    "optimizer": "sgd",          # momentum 0.9
+    "lr": 0.03,                  # per 256: 0.015 at batch 128
+    "weight_decay": 1e-4,
+    "batch": 128,
+    "epochs": 800,
+    "warmup": 0,                 # cosine without warm-up
+    "views": "slices",           # any rotation, crops, brightness and contrast, blur, flips, noise
+    "size": 224,
+}
+
+
+class MoCo(nn.Module):
+    """Contrast of a view with the slow network's view of the same image, against a queue of other images."""
+
+    def __init__(self, encoder, augment, dim=128, queue_size=65536, temperature=0.07, momentum=0.999, bn_chunks=8,
+                 same_patient_negatives=True):
+        super().__init__()
+        self.encoder, self.augment = encoder, augment
+        self.temperature, self.momentum, self.bn_chunks = temperature, momentum, bn_chunks
+        self.same_patient_negatives = same_patient_negatives
+        self.projector = mlp(encoder.dim, encoder.dim, dim, norm=False)
+        self.key_encoder = copy.deepcopy(encoder).requires_grad_(False)
+        self.key_projector = copy.deepcopy(self.projector).requires_grad_(False)
+        self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1)) # (K, D)
+        self.register_buffer("queue_groups", torch.full((queue_size,), -1))             # (K,)  patients; -1: unknown
+        self.register_buffer("pointer", torch.tensor(0))                                # the oldest row
+
+    @torch.no_grad()
+    def views(self, images, groups=None):
+        order = torch.randperm(len(images), device=images.device)           # (B,)  in which keys are encoded
+        if groups is None:
+            groups = torch.full_like(order, -1)                             # (B,)  no patient known
+        return self.augment(images), self.augment(images), order, groups
+
+    def forward(self, x1, x2, order, groups):
+        q = unit(self.projector(self.encoder(x1)))                          # (B, D)  Eq. 1
+        k = self.encode_keys(x2, order)                                     # (B, D)
+        skip = None if self.same_patient_negatives else same_patient(groups, self.queue_groups)     # (B, K)
+        loss = info_nce(q, k, self.queue, self.temperature, skip)           # Eq. 2
+        accuracy, chance = contrast_scores(q.detach(), k, self.queue, skip)
+        return {"loss": loss, "chance": chance, "accuracy": accuracy,
+                "keys": k, "groups": groups, "embedding": q.detach()}
+
+    @torch.no_grad()
+    def encode_keys(self, x, order):
+        """Eq. 5: unit embeddings by the slow network, each chunk of the shuffled images with statistics of its own."""
+        keys = [unit(self.key_projector(self.key_encoder(x[rows]))) for rows in split_order(order, self.bn_chunks)]
+        return torch.cat(keys)[order.argsort()]                             # (B, D)  in the order of the images again
+
+    @torch.no_grad()
+    def after_step(self, outs, progress):
+        ema_update(self.key_encoder, self.encoder, self.momentum)           # Eq. 3
+        ema_update(self.key_projector, self.projector, self.momentum)
+        for out in outs:
+            keys, groups = all_ranks(out["keys"]), all_ranks(out["groups"])
+            rows = queue_rows(self.pointer, len(keys), len(self.queue))     # Eq. 4
+            self.queue[rows] = keys[-len(rows):].to(self.queue.dtype)
+            self.queue_groups[rows] = groups[-len(rows):]
+            self.pointer.copy_((self.pointer + len(keys)) % len(self.queue))
+
+
+def info_nce(q, k, queue, temperature, skip=None):
+    """Unit rows q, k (B, D) and queue (K, D): nothing is normalised here. Rows in skip (B, K) are not counted."""
+    logits = similarities(q, k, queue, skip) / temperature                  # (B, 1 + K)
+    return F.cross_entropy(logits, torch.zeros_like(logits[:, 0], dtype=torch.long))
+
+
+def similarities(q, k, queue, skip=None):
+    """Inner products of each q with its own key, then with every row of the queue; -inf where skipped."""
+    q, k, queue = at_least_float32(q, k, queue)
+    with torch.autocast(q.device.type, enabled=False):
+        negatives = q @ queue.T                                             # (B, K)
+    if skip is not None:
+        negatives = negatives.masked_fill(skip, -math.inf)
+    return torch.cat([(q * k).sum(1, keepdim=True), negatives], 1)          # (B, 1 + K)
+
+
+@torch.no_grad()
+def contrast_scores(q, k, queue, skip=None):
+    """How often the own key is the most similar one; and the loss of a network that knows nothing."""
+    s = similarities(q, k, queue, skip)                                     # (B, 1 + K)
+    accuracy = (s[:, 0] > s[:, 1:].amax(1)).float().mean()
+    return accuracy, s.isfinite().sum(1).log().mean()                       # ln(1 + negatives that count)
+
+
+def same_patient(groups, queue_groups):
+    """(B, K): does the queue's row come from the patient of the image? Never where the patient is unknown (-1)."""
+    return (groups[:, None] == queue_groups) & (groups[:, None] >= 0)
+
+
+def split_order(order, bn_chunks):
+    """The shuffled row numbers in chunks of eight or more, each for BatchNorm statistics of its own."""
+    return order.tensor_split(max(1, min(bn_chunks, len(order) // 8)))
+
+
+def queue_rows(pointer, count, size):
+    """Where the last `size` of `count` new keys go: from the pointer on, around the end."""
+    return ((pointer + torch.arange(count, device=pointer.device)) % size)[-size:]
+
+
+def unit(x):
+    """Rows of length one, in float32 at least."""
+    return F.normalize(*at_least_float32(x), dim=-1)
+
+
+def mlp(*widths, norm=True):
+    """Linear layers of these widths, with (BatchNorm and) ReLU between them."""
+    layers = []
+    for fan_in, fan_out in zip(widths, widths[1:]):
+        layers += [nn.Linear(fan_in, fan_out)] + [nn.BatchNorm1d(fan_out)] * norm + [nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers[:-2 if norm else -1])                      # the last layer stays linear
+
+
+@torch.no_grad()
+def ema_update(slow, fast, momentum):
+    """slow <- momentum slow + (1 - momentum) fast, parameters only: each network keeps its own BatchNorm statistics."""
+    for old, new in zip(slow.parameters(), fast.parameters()):
+        old.lerp_(new, 1 - momentum)
+
+
+def at_least_float32(*tensors):
+    """Half-precision tensors raised to float32; float64 stays, so that tests can be exact."""
+    return [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors]
+
+
+def all_ranks(x):
+    """Rows of every process in rank order. The gradient of the own rows is multiplied by the number of processes, because the loop averages it."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return x
+    rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, x.detach().contiguous())
+    rows[dist.get_rank()] = x + (len(rows) - 1) * (x - x.detach())
+    return torch.cat(rows)                                                  # (ranks * B, ...)

@@ -1,0 +1,256 @@
+"""PCRL: contrast two views, mix them, and restore both and the mixture, turned as a control vector says.
+
+Zhou et al., "Preservational Learning Improves Self-supervised Medical Image Models by Reconstructing Diverse Contexts",
+ICCV 2021.
+
+The idea. Contrast keeps what two views share and may drop the rest, such as fine texture. So the same features must also
+restore the picture; and for there to be more than one picture to restore, a control vector tells the decoder by which flips
+and quarter turns the result shall differ from the view. A mixture of both views' features has to restore their mixture.
+
+The algorithm. (The numbers are ours.)
+  a, b = two crops of the image; x1, x2 = a, b in- or out-painted, each with probability 0.4                       (1)
+  T: a flip left-right and up-down, each or not, then one of four quarter turns; c = its code, 2 + 4 bits          (2)
+  F = maps of the encoder f(x1), F' = maps of its slow copy f'(x2), M = alpha F + (1 - alpha) F' at every level,
+  alpha = max(u, 1 - u), u uniform in [0, 1]                                                                       (3)
+  q, m = normalised g(pooled coarsest map of F, of M), k = normalised g'(the same of F'): projector g, slow copy g' (4)
+  contrast = mean of -log [ exp(q.k / T) / (exp(q.k / T) + sum over queue rows n of exp(q.n / T)) ],
+  contrast_mix: the same with m in place of k                                                                      (5)
+  restored = sigmoid(d(maps)), after the coarsest map's channels were multiplied by sigmoid(h(c)): decoder d       (6)
+  restoration, _key, _mix = mean squares of restored from F, F', M minus T(a), T(b), alpha T(a) + (1 - alpha) T(b) (7)
+  loss = (contrast + contrast_mix) / 2 + (restoration + restoration_key + restoration_mix) / 3                     (8)
+  f' <- m f' + (1 - m) f, likewise g'; k replaces the oldest rows of the queue             after the step          (9)
+Keys are encoded in shuffled order, in chunks with BatchNorm statistics of their own, as in MoCo. "chance" is the same sum
+for a network that knows nothing: ln(K + 1), K the queue's length, and for each restoration the error of painting every
+picture evenly, in its mean. The contrast, near 9, outweighs the restorations, which are below 0.1, in number only: their
+gradients are what counts, and each term is reported.
+
+Shapes. images (B, C, H, W) -> views x1, x2 and targets T(a), T(b) (B, C, h, h), codes c (B, 6), alpha (B,), order (B,) ->
+maps (B, widths[i], h / strides[i], ...) -> unit q, k, m (B, D) and three pictures (B, C, h, h) -> one number. "restored"
+is the first picture with T undone, so that it lies over x1.
+
+Differences. In 2D, as in Zhang et al. 2023: 6 bits for 7. Image and features are mixed with the same alpha; the code drew
+two, so that its target was not the mixture of what was mixed. The mixture's embedding carries gradient (our reading), and
+painting is split as in Genesis, 0.2 inside. There the blur falls on the views alone; here it is a part of the augmentation,
+so targets have it too. Encoder and decoder are handed in. Across processes all keys enter everyone's queue. Gradient
+accumulation leaves the number of negatives as it is: all micro-batches meet the same queue.
+"""
+
+import copy
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+RECIPE = {                       # Zhang et al. 2023, the released settings for 2D images
+    "optimizer": "sgd",          # momentum 0.9
+    "lr": 8e-3,                  # per 256: 1e-3 at batch 32
+    "weight_decay": 1e-4,
+    "batch": 32,
+    "epochs": 240,
+    "warmup": 0,                 # cosine without warm-up
+    "views": "ct",               # flips, scale, rotation and blur; no colour change on CT
+    "size": 224,
+}
+
+
+class PCRL(nn.Module):
+    """Contrast and mixture of two views, and restoration under a control vector."""
+
+    def __init__(self, encoder, augment, decoder, hidden=512, dim=128, queue_size=16384, temperature=0.2, momentum=0.999,
+                 bn_chunks=8, paint=0.4):
+        super().__init__()
+        self.encoder, self.augment, self.decoder = encoder, augment, decoder
+        self.temperature, self.momentum, self.bn_chunks, self.paint = temperature, momentum, bn_chunks, paint
+        self.projector = mlp(encoder.dim, hidden, dim, norm=False)
+        self.control = mlp(6, 256, encoder.dim, norm=False)
+        self.key_encoder = copy.deepcopy(encoder).requires_grad_(False)
+        self.key_projector = copy.deepcopy(self.projector).requires_grad_(False)
+        self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1))                 # (K, D)
+        self.register_buffer("pointer", torch.tensor(0))                                                # the oldest row
+
+    @torch.no_grad()
+    def views(self, images):
+        a, b, count, device = self.augment(images), self.augment(images), len(images), images.device
+        x1, x2 = (sometimes(self.paint, sometimes(0.2, in_paint(x), out_paint(x)), x) for x in (a, b))  # Eq. 1
+        flips, turns = torch.rand(count, 2, device=device) < 0.5, torch.randint(4, (count,), device=device)
+        code = torch.cat([flips, F.one_hot(turns, 4)], 1).to(images.dtype)  # (B, 6)  Eq. 2
+        alpha = torch.rand(count, device=device)
+        alpha = torch.maximum(alpha, 1 - alpha)                             # (B,)  Eq. 3
+        order = torch.randperm(count, device=device)                        # (B,)  in which keys are encoded
+        return x1, x2, transform(a, code), transform(b, code), code, alpha, order
+
+    def forward(self, x1, x2, target1, target2, code, alpha, order):
+        share = alpha.view(-1, 1, 1, 1)
+        maps, key_maps = self.encoder.features(x1), self.encode_keys(x2, order)
+        mixed_maps = [share * new + (1 - share) * old for new, old in zip(maps, key_maps)]              # Eq. 3
+        mixed_target = share * target1 + (1 - share) * target2              # (B, C, h, h)
+        q, mixed = (unit(self.projector(levels[-1].mean((2, 3)))) for levels in (maps, mixed_maps))     # (B, D)  Eq. 4
+        with torch.no_grad():
+            k = unit(self.key_projector(key_maps[-1].mean((2, 3))))         # (B, D)
+        out = {"contrast": info_nce(q, k, self.queue, self.temperature),    # Eq. 5
+               "contrast_mix": info_nce(q, mixed, self.queue, self.temperature)}
+        gate = self.control(code).sigmoid()[:, :, None, None]               # (B, widths[-1], 1, 1)
+        targets, pictures = (target1, target2, mixed_target), []
+        for name, levels, target in zip(("", "_key", "_mix"), (maps, key_maps, mixed_maps), targets):
+            pictures.append(picture(self.decoder([*levels[:-1], levels[-1] * gate]), target))           # Eq. 6
+            out["restoration" + name] = F.mse_loss(pictures[-1], target)    # Eq. 7
+        accuracy, chance = contrast_scores(q.detach(), k, self.queue)
+        out["loss"] = ((out["contrast"] + out["contrast_mix"]) / 2          # Eq. 8
+                       + (out["restoration"] + out["restoration_key"] + out["restoration_mix"]) / 3)
+        return out | {"chance": chance + sum(grey_error(target) for target in targets) / 3, "accuracy": accuracy, "keys": k,
+                      "embedding": q.detach(), "restored": undo(pictures[0].detach(), code)}
+
+    @torch.no_grad()
+    def encode_keys(self, x, order):
+        """Maps of the slow network, each chunk of the shuffled images with its own BatchNorm statistics."""
+        chunks = [self.key_encoder.features(x[rows]) for rows in split_order(order, self.bn_chunks)]
+        return [torch.cat(maps)[order.argsort()] for maps in zip(*chunks)]  # in the order of the images again
+
+    @torch.no_grad()
+    def after_step(self, outs, progress):
+        ema_update(self.key_encoder, self.encoder, self.momentum)           # Eq. 9
+        ema_update(self.key_projector, self.projector, self.momentum)
+        for out in outs:
+            keys = all_ranks(out["keys"])
+            rows = queue_rows(self.pointer, len(keys), len(self.queue))
+            self.queue[rows] = keys[-len(rows):].to(self.queue.dtype)
+            self.pointer.copy_((self.pointer + len(keys)) % len(self.queue))
+
+
+def transform(images, code):
+    """Eq. 2: flipped left-right (bit 0), up-down (bit 1), then turned counter-clockwise (bits 2 to 5, one of them 1)."""
+    return rotate(flip(images, code), code[:, 2:].argmax(1))
+
+
+def undo(images, code):
+    """transform's inverse: turned back, then flipped."""
+    return flip(rotate(images, -code[:, 2:].argmax(1)), code)
+
+
+def flip(images, code):
+    """Image i left-right where code[i, 0] is 1, and up-down where code[i, 1] is."""
+    for bit, dim in ((0, 3), (1, 2)):
+        images = torch.where(code[:, bit].view(-1, 1, 1, 1) > 0, images.flip(dim), images)
+    return images
+
+
+def rotate(images, turns):
+    """Image i of (B, C, S, S) turned counter-clockwise by turns[i] * 90 degrees. rotate(rotate(x, t), -t) is x."""
+    if images.shape[2] != images.shape[3]:
+        raise ValueError(f"only square images can be turned and stay in one batch; these are {images.shape[2]} x {images.shape[3]}")
+    four = torch.stack([images.rot90(k, (2, 3)) for k in range(4)])         # (4, B, C, S, S)
+    return four[turns % 4, torch.arange(len(images), device=images.device)]  # (B, C, S, S)
+
+
+def in_paint(images):
+    """Uniform noise in at most five boxes, with sides of a sixth to a third of the image's. (One image in 20 has none.)"""
+    return torch.where(boxes(images, 1 / 6, 1 / 3, sure=0), torch.rand_like(images), images)
+
+
+def out_paint(images):
+    """Uniform noise everywhere but in one to five boxes, with sides of 3/7 to 4/7 of the image's."""
+    return torch.where(boxes(images, 3 / 7, 4 / 7, sure=1), images, torch.rand_like(images))
+
+
+def boxes(images, low, high, sure):
+    """The union of at most five random boxes, (B, 1, H, W) bool, sides `low` to `high` of the image's, 3/64 of it kept
+    free at the border. `sure` boxes are always there; each further one has probability 0.95, if the one before is there."""
+    there = torch.rand(len(images), 5, 1, 1, device=images.device) < 0.95
+    there[:, :sure] = True
+    inside = there.cumprod(1).bool()                                        # (B, 5, 1, 1)
+    for length, shape in ((images.shape[2], (-1, 1)), (images.shape[3], (1, -1))):
+        draw, where = torch.rand(2, len(images), 5, 1, 1, device=images.device)
+        least, most, border = int(low * length), int(high * length), round(3 / 64 * length)
+        side = least + (draw * (most - least + 1)).floor()                  # (B, 5, 1, 1)
+        start = border + (where * (length - 2 * border - side + 1)).floor()
+        place = torch.arange(length, device=images.device).view(shape)
+        inside = inside & (place >= start) & (place < start + side)         # (B, 5, H, W) after the second side
+    return inside.any(1, keepdim=True)                                      # (B, 1, H, W)
+
+
+def sometimes(probability, changed, original):
+    """Each image of (B, C, H, W) changed with this probability, else as it was."""
+    chosen = torch.rand(len(original), 1, 1, 1, device=original.device) < probability
+    return torch.where(chosen, changed, original)
+
+
+def picture(raw, image):
+    """A decoder's raw output as a picture in [0, 1], cut to the size of `image` (B, C, H, W)."""
+    raw, = at_least_float32(raw[:, :, :image.shape[2], :image.shape[3]])
+    return raw.sigmoid()                                                    # (B, C, H, W)
+
+
+def grey_error(images):
+    """The mean squared error of painting each channel of each image evenly, in its mean."""
+    return images.var((2, 3), correction=0).mean()
+
+
+def info_nce(q, k, queue, temperature, skip=None):
+    """Eq. 2. Unit rows q, k (B, D) and queue (K, D); nothing is normalised here. skip (B, K): rows that are no negatives."""
+    logits = similarities(q, k, queue, skip) / temperature                  # (B, 1 + K)
+    return F.cross_entropy(logits, torch.zeros_like(logits[:, 0], dtype=torch.long))
+
+
+def similarities(q, k, queue, skip=None):
+    """Inner products of each q with its own key, then with every row of the queue; -inf where skipped."""
+    q, k, queue = at_least_float32(q, k, queue)
+    with torch.autocast(q.device.type, enabled=False):
+        negatives = q @ queue.T                                             # (B, K)
+    if skip is not None:
+        negatives = negatives.masked_fill(skip, -math.inf)
+    return torch.cat([(q * k).sum(1, keepdim=True), negatives], 1)          # (B, 1 + K)
+
+
+@torch.no_grad()
+def contrast_scores(q, k, queue, skip=None):
+    """How often the own key is the most similar one; and the loss of a network that knows nothing."""
+    s = similarities(q, k, queue, skip)                                     # (B, 1 + K)
+    accuracy = (s[:, 0] > s[:, 1:].amax(1)).float().mean()
+    return accuracy, s.isfinite().sum(1).log().mean()                       # ln(1 + negatives that count)
+
+
+def split_order(order, bn_chunks):
+    """The shuffled row numbers in chunks of eight or more, each for BatchNorm statistics of its own."""
+    return order.tensor_split(max(1, min(bn_chunks, len(order) // 8)))
+
+
+def queue_rows(pointer, count, size):
+    """Where the last `size` of `count` new keys go: from the pointer on, around the end."""
+    return ((pointer + torch.arange(count, device=pointer.device)) % size)[-size:]
+
+
+def unit(x):
+    """Rows of length one, in float32 at least."""
+    return F.normalize(*at_least_float32(x), dim=-1)
+
+
+def mlp(*widths, norm=True):
+    """Linear layers of these widths, with (BatchNorm and) ReLU between them."""
+    layers = []
+    for fan_in, fan_out in zip(widths, widths[1:]):
+        layers += [nn.Linear(fan_in, fan_out)] + [nn.BatchNorm1d(fan_out)] * norm + [nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers[:-2 if norm else -1])                      # the last layer stays linear
+
+
+@torch.no_grad()
+def ema_update(slow, fast, momentum):
+    """slow <- momentum slow + (1 - momentum) fast, parameters only: each network keeps its own BatchNorm statistics."""
+    for old, new in zip(slow.parameters(), fast.parameters()):
+        old.lerp_(new, 1 - momentum)
+
+
+def at_least_float32(*tensors):
+    """Half-precision tensors raised to float32; float64 stays, so that tests can be exact."""
+    return [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors]
+
+
+def all_ranks(x):
+    """Rows of every process in rank order. The gradient of the own rows is multiplied by the number of processes, because the loop averages it."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return x
+    rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, x.detach().contiguous())
+    rows[dist.get_rank()] = x + (len(rows) - 1) * (x - x.detach())
+    return torch.cat(rows)                                                  # (ranks * B, ...)

@@ -1,0 +1,99 @@
+"""SimCLR: two views of one image should have similar embeddings, views of different images should not.
+
+Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", ICML 2020.
+
+The idea. Distort every image of the batch twice. What the two views share is what survived the distortion: shape, tissue,
+anatomy. A network that can pick a view's partner among all other views has to encode just that.
+
+The algorithm.
+  z = g(f(x))                                              encoder f, projector g; g is thrown away afterwards     (1)
+  s(i, j) = cos(z_i, z_j) / temperature                    over the 2B views of the batch                          (2)
+  loss = mean over i of  -log [ exp s(i, p(i)) / sum over j != i of exp s(i, j) ],   p(i): the other view of i      (3)
+A network that knows nothing scores ln(2B - 1): every other view is equally likely.
+
+Shapes. images (B, C, H, W) -> two views (B, C, h, w) -> embeddings (B, D) -> one number.
+
+Differences. The loss is the paper's Eq. 1. The projector has no BatchNorm, as in the medical study that RECIPE follows
+(the paper's own code has it). Each view passes the encoder on its own, so BatchNorm statistics are those of one view,
+not of both. Across processes all embeddings are gathered with gradient, so more processes mean more negatives; gradient
+accumulation does not: the loss sees only its own micro-batch.
+
+Settings of the works that use it:
+  study of ten pretext tasks (RECIPE)   temperature 0.07, head 512-256, SGD 0.05, decay 1e-4, batch 256 (2D), 500 epochs
+  study of small medical sets           temperature 0.5, head 2048-512-128 with BatchNorm, SGD 0.01 at batch 64, 250 epochs
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+RECIPE = {                       # Zhang et al. 2023, the released settings for 2D images
+    "optimizer": "sgd",          # momentum 0.9
+    "lr": 0.05,                  # per 256; the supplement says 1e-3, the released code 0.05
+    "weight_decay": 1e-4,
+    "batch": 256,
+    "epochs": 500,
+    "warmup": 0,                 # cosine without warm-up
+    "views": "ct",               # flips, scale, rotation and blur; no colour change on CT
+    "size": 128,
+}
+
+
+class SimCLR(nn.Module):
+    """Contrast of two views with all other views of the batch."""
+
+    def __init__(self, encoder, augment, hidden=512, dim=256, temperature=0.07):
+        super().__init__()
+        self.encoder, self.augment, self.temperature = encoder, augment, temperature
+        self.projector = mlp(encoder.dim, hidden, dim, norm=False)
+
+    @torch.no_grad()
+    def views(self, images):
+        return self.augment(images), self.augment(images)                   # 2 x (B, C, h, w)
+
+    def forward(self, x1, x2):
+        z1 = self.projector(self.encoder(x1))                               # (B, D)  Eq. 1
+        z2 = self.projector(self.encoder(x2))                               # (B, D)
+        z1_all, z2_all = all_ranks(z1), all_ranks(z2)                       # (ranks * B, D)
+        loss = nt_xent(z1_all, z2_all, self.temperature)                    # Eq. 3
+        return {"loss": loss, "chance": math.log(2 * len(z1_all) - 1), "embedding": z1.detach()}
+
+    def after_step(self, outs, progress):
+        pass                                                                # nothing is remembered between steps
+
+
+def nt_xent(z1, z2, temperature):
+    """Eq. 3. z1, z2 (B, D): row i of both belongs to image i. Rows are normalised here; the mean runs over all 2B anchors."""
+    z = torch.cat(at_least_float32(z1, z2))                                 # (2B, D)
+    with torch.autocast(z.device.type, enabled=False):
+        z = F.normalize(z, dim=1)
+        similarity = z @ z.T / temperature                                  # (2B, 2B)  Eq. 2
+    similarity = similarity.masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -math.inf)
+    partner = torch.arange(len(z), device=z.device).roll(len(z1))           # (2B,)  i -> i + B, and back
+    return F.cross_entropy(similarity, partner)
+
+
+def mlp(*widths, norm=True):
+    """Linear layers of these widths, with (BatchNorm and) ReLU between them."""
+    layers = []
+    for fan_in, fan_out in zip(widths, widths[1:]):
+        layers += [nn.Linear(fan_in, fan_out)] + [nn.BatchNorm1d(fan_out)] * norm + [nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers[:-2 if norm else -1])                      # the last layer stays linear
+
+
+def at_least_float32(*tensors):
+    """Half-precision tensors raised to float32; float64 stays, so that tests can be exact."""
+    return [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors]
+
+
+def all_ranks(x):
+    """Rows of every process in rank order. The gradient of the own rows is multiplied by the number of processes, because the loop averages it."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return x
+    rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, x.detach().contiguous())
+    rows[dist.get_rank()] = x + (len(rows) - 1) * (x - x.detach())
+    return torch.cat(rows)                                                  # (ranks * B, ...)

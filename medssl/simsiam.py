@@ -1,0 +1,84 @@
+"""SimSiam: one view predicts the other, with no negatives, no momentum twin and no queue.
+
+Chen and He, "Exploring Simple Siamese Representation Learning", CVPR 2021.
+
+The idea. Two views of one image should have the same embedding. Asked for just that, a network answers with one
+embedding for everything. Two small things prevent it: a predictor on one side, and no gradient on the other
+(stop-gradient).
+
+The algorithm.
+  z = g(f(x)),   p = h(z)                                  encoder f, projector g, predictor h                     (1)
+  D(p, z) = -cos(p, stopgrad(z))                                                                                   (2)
+  loss = D(p1, z2) / 2 + D(p2, z1) / 2                                                                             (3)
+There is no chance level: the loss runs from 1 to -1, and -1 is reached by the best network and by the useless one.
+What collapse looks like: the loss is near -1 within an epoch, and the spread of the normalised embedding (standard
+deviation over images, mean over dimensions) falls from about 1 / sqrt(D), its healthy value, towards 0.
+
+Shapes. images (B, C, H, W) -> two views (B, C, h, w) -> embeddings and predictions (B, D) -> one number.
+
+Differences. The study that RECIPE follows leaves the predictor out in its code; `predictor=False` does the same and
+shows the collapse. Projector as in the study, 2048-512, with BatchNorm on the hidden layer only; the paper's has three
+layers of 2048 and BatchNorm on the output too. Predictor with the paper's proportions, a hidden layer of a quarter of
+the width. The paper holds the predictor's rate constant while the rest decays; here all of it decays. Each view passes
+the encoder on its own, so BatchNorm statistics are those of one view. Accumulation of gradients equals a larger batch
+but for those statistics.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+RECIPE = {                       # Chattopadhyay et al. 2023, the released settings
+    "optimizer": "sgd",
+    "options": {"momentum": 0.0},
+    "lr": 0.04,                  # per 256: 0.01 at batch 64, held constant where we use a cosine
+    "weight_decay": 0.0,
+    "batch": 64,
+    "epochs": 250,               # the default; the study's example has 200
+    "warmup": 0,
+    "views": "lowresource",      # crops (the study's: 8 to 10 % of the area), flip, colour, blur, solarise
+    "size": 224,
+}
+
+
+class SimSiam(nn.Module):
+    """Each view's prediction should point where the other view's embedding points."""
+
+    def __init__(self, encoder, augment, hidden=2048, dim=512, bottleneck=128, predictor=True):
+        super().__init__()
+        self.encoder, self.augment = encoder, augment
+        self.projector = mlp(encoder.dim, hidden, dim)
+        self.predictor = mlp(dim, bottleneck, dim) if predictor else nn.Identity()
+
+    @torch.no_grad()
+    def views(self, images):
+        return self.augment(images), self.augment(images)                   # 2 x (B, C, h, w)
+
+    def forward(self, x1, x2):
+        z1 = self.projector(self.encoder(x1))                               # (B, D)  Eq. 1
+        z2 = self.projector(self.encoder(x2))                               # (B, D)
+        p1, p2 = self.predictor(z1), self.predictor(z2)                     # (B, D)
+        loss = (negative_cosine(p1, z2.detach()) + negative_cosine(p2, z1.detach())) / 2            # Eq. 3
+        return {"loss": loss, "embedding": z1.detach()}
+
+    def after_step(self, outs, progress):
+        pass                                                                # nothing is remembered between steps
+
+
+def negative_cosine(p, z):
+    """Eq. 2, mean over the rows of p, z (B, D), which are normalised here. The caller stops the gradient of z."""
+    p, z = at_least_float32(p, z)
+    return -F.cosine_similarity(p, z, dim=1).mean()
+
+
+def mlp(*widths, norm=True):
+    """Linear layers of these widths, with (BatchNorm and) ReLU between them."""
+    layers = []
+    for fan_in, fan_out in zip(widths, widths[1:]):
+        layers += [nn.Linear(fan_in, fan_out)] + [nn.BatchNorm1d(fan_out)] * norm + [nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers[:-2 if norm else -1])                      # the last layer stays linear
+
+
+def at_least_float32(*tensors):
+    """Half-precision tensors raised to float32; float64 stays, so that tests can be exact."""
+    return [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors]

@@ -1,0 +1,235 @@
+"""SparK: hide most of the image and let a convolutional network, which never sees the hidden part, paint it in again.
+
+Tian et al., "Designing BERT for Convolutional Networks: Sparse and Hierarchical Masked Modeling", ICLR 2023.
+
+The idea. To paint a missing piece of an image one has to know what belongs there. Plain zeros do not hide a piece from
+a convolution, though: its window reaches in from the border, layer by layer, and BatchNorm counts the zeros as tissue.
+So after every layer the hidden sites are set to zero again, and every statistic is taken over visible sites only: what
+a sparse convolution computes, by dense means. The hidden cells are those of the coarsest grid, so that one mask fits
+every finer scale exactly.
+
+The algorithm. (The numbers of the equations are ours.)
+  active: round((1 - mask_ratio) n) of the n cells of each image, drawn at random; the others are hidden          (1)
+  S_i = map i of the encoder on the visible cells, exactly zero elsewhere                                         (2)
+  D_i = projection_i(norm_i(S_i) at visible sites, a learned token_i at hidden ones)                              (3)
+  y_i = up_i(y_(i+1) + D_i)                                from coarse to fine, up to the size of the image       (4)
+  target = (x - mean) / sqrt(variance + eps)               of each cell on its own, over its pixels and channels  (5)
+  loss = mean over the hidden cells of the mean of (y - target)^2                                                 (6)
+"chance" is the loss of a network that paints zeros. "textured" is Eq. 6 over those cells whose variance exceeds eps.
+
+Shapes. images (B, C, H, W), H and W multiples of the cell, which is the encoder's total stride or a multiple of it
+-> the view, and active (B, 1, h, w) bool, True = visible -> maps (B, widths[i], H / strides[i], W / strides[i])
+-> picture (B, C, H, W) -> one number. Besides `strides` and `widths` the encoder needs `features(x)` -> maps, fine to
+coarse, and has to be made of Conv2d, BatchNorm2d, pooling and activations that leave zero alone.
+
+Differences. The mask is no global, and nothing of the encoder is rebuilt: its layers look at a mask that is handed to
+them, and without one they are what they were. Any number of channels; nothing is indexed, so shapes are static. The
+released code standardises ImageNet pixels and takes eps 1e-6; here pixels are in [0, 1] and eps is 1e-4, the variance
+of noise of 2.5 gray levels in 255. Background is then nearly free: with 1e-6, which is less than the rounding error of
+8 bits, its noise would weigh as much as anatomy. `normalise_prediction` (off, as published) treats y as Eq. 5 does x.
+The released code shares BatchNorm between GPUs, here every process has its own statistics; it drops whole blocks at
+random (rate 0.05 for ResNet-50), here none. The mask is gone when forward returns: activations cannot be recomputed in
+the backward pass (checkpointing). Accumulation of gradients equals a larger batch but for BatchNorm's statistics.
+
+Settings of the works that use it, both with ResNet-50 at 224 pixels, LAMB 2e-4 per 256, decay 0.04 -> 0.2, clip 5:
+  study of small CT sets (RECIPE)       batch 32, 1600 epochs
+  the paper, on ImageNet                batch 4096, 1600 epochs, 40 of them warm-up
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+RECIPE = {                       # Wolf et al. 2023: the paper's released settings at another batch size
+    "optimizer": "lamb",
+    "options": {"betas": (0.9, 0.95)},
+    "lr": 2e-4,                  # per 256
+    "weight_decay": 0.04,
+    "weight_decay_end": 0.2,
+    "clip": 5.0,
+    "batch": 32,
+    "epochs": 1600,
+    "warmup": 40,                # epochs
+    "views": "mild",             # crops of 0.67 to 1 of the area, and left-right flips
+    "size": 224,
+}
+
+
+class SparK(nn.Module):
+    """Masked image modelling for convolutional networks."""
+
+    def __init__(self, encoder, augment, channels=1, mask_ratio=0.6, width=768, cell=None, eps=1e-4,
+                 normalise_prediction=False):
+        super().__init__()
+        self.encoder, self.augment, self.mask_ratio = encoder, augment, mask_ratio
+        self.eps, self.normalise_prediction = eps, normalise_prediction
+        strides = list(encoder.strides)
+        self.cell = cell or strides[-1]
+        if not 0 <= mask_ratio < 1:
+            raise ValueError(f"mask_ratio is {mask_ratio}; it is the hidden share of the cells, from 0 to below 1")
+        if self.cell % strides[-1] or self.cell < 1:
+            raise ValueError(f"cell is {self.cell}; it must be a multiple of the encoder's total stride, {strides[-1]}")
+        if width < strides[-1] or strides[-1] & (strides[-1] - 1):
+            raise ValueError(f"the decoder halves its width at every doubling of the size: width is {width} and must not be "
+                             f"less than the total stride, {strides[-1]}, which has to be a power of two")
+        self.tokens, self.norms = nn.ParameterList(), nn.ModuleList()
+        self.projections, self.ups = nn.ModuleList(), nn.ModuleList()
+        for stride, finer, fan_in in reversed(list(zip(strides, [1] + strides, encoder.widths))):
+            self.tokens.append(nn.Parameter(nn.init.trunc_normal_(torch.empty(fan_in), std=0.02, a=-0.02, b=0.02)))
+            self.norms.append(nn.BatchNorm2d(fan_in))
+            kernel = 1 if stride == strides[-1] else 3
+            self.projections.append(nn.Conv2d(fan_in, width, kernel, padding=kernel // 2))
+            doublings = (stride // finer).bit_length() - 1                  # from this map's size to the next one's
+            self.ups.append(nn.Sequential(*[up_block(width >> i) for i in range(doublings)]))
+            width >>= doublings
+        self.head = nn.Conv2d(width, channels, 1)
+        for layer in [*self.projections.modules(), *self.ups.modules(), self.head]:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+            elif isinstance(layer, nn.ConvTranspose2d):
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            if getattr(layer, "bias", None) is not None:
+                nn.init.zeros_(layer.bias)
+        mean = torch.as_tensor(getattr(encoder, "mean", (0.0,)), dtype=torch.float32)
+        self.register_buffer("fill", mean.view(1, -1, 1, 1), persistent=False)          # zero once it is standardised
+        self.mask = Mask()
+        make_sparse(encoder, self.mask)
+        make_sparse(self.norms, self.mask)
+
+    @torch.no_grad()
+    def views(self, images):
+        if any(isinstance(layer, nn.SyncBatchNorm) for layer in self.encoder.modules()):
+            raise ValueError("SparK's BatchNorm cannot be shared between processes; leave out --sync-bn")
+        x = self.augment(images)
+        (height, width), cell = x.shape[2:], self.cell
+        h, w = height // cell, width // cell
+        if height % cell or width % cell:
+            raise ValueError(f"images of {height} x {width} pixels do not divide into cells of {cell}; "
+                             f"choose a --size that is a multiple of {cell}")
+        keep = round((1 - self.mask_ratio) * h * w)                         # 20 of 49 at 224 pixels
+        if keep < 2:
+            raise ValueError(f"{height} x {width} pixels make {h * w} cells of {cell}, of which {keep} would be visible; "
+                             "at least 2 must be: choose a larger --size, or --stem nopool (smaller cells)")
+        rank = torch.rand(len(x), h * w, device=x.device).argsort(1).argsort(1)         # (B, n)
+        return x, (rank < keep).view(-1, 1, h, w)                           # (B, 1, h, w)  Eq. 1
+
+    def forward(self, x, active):
+        self.mask.active = active
+        try:
+            maps = self.encoder.features(torch.where(self.mask.at(x), x, self.fill))    # Eq. 2
+            y = 0
+            for f, token, norm, project, up in zip(maps[::-1], self.tokens, self.norms, self.projections, self.ups):
+                dense = torch.where(self.mask.at(f), norm(f), token.to(f.dtype).view(1, -1, 1, 1))
+                y = up(y + project(dense))                                  # Eqs. 3 and 4
+        finally:
+            self.mask.active = None
+        prediction = self.head(y)                                           # (B, C, H, W)
+        loss = partial(masked_patch_loss, cell=self.cell, eps=self.eps, normalise_prediction=self.normalise_prediction)
+        with torch.no_grad():
+            flat = F.pixel_unshuffle(x, self.cell).var(1, keepdim=True) <= self.eps     # (B, 1, h, w)
+            textured = loss(prediction, x, active | flat)
+            restored = restore(prediction, x, active, self.cell, self.eps, self.normalise_prediction)
+        return {"loss": loss(prediction, x, active), "chance": loss(torch.zeros_like(x), x, active),
+                "textured": textured, "restored": restored}
+
+    def after_step(self, outs, progress):
+        pass                                                                # nothing is remembered between steps
+
+
+class Mask:
+    """Carries `active` (B, 1, h, w), True = visible, from SparK.forward to the layers; None at all other times."""
+
+    def __init__(self):
+        self.active = None
+
+    def at(self, x):
+        """The mask at the resolution of x (B, C, H, W)."""
+        (h, w), (H, W) = self.active.shape[2:], x.shape[2:]
+        if H % h or W % w:
+            raise ValueError(f"a map of {H} x {W} does not divide into {h} x {w} cells: SparK needs an encoder whose "
+                             "layers divide the size exactly, without global pooling on the way")
+        return self.active.repeat_interleave(H // h, 2).repeat_interleave(W // w, 3)    # (B, 1, H, W)
+
+
+def make_sparse(module, mask):
+    """Make the layers of `module` blind to hidden sites whenever mask.active is set. Layers, names and weights stay."""
+    for name, layer in module.named_modules():
+        if type(layer) is nn.BatchNorm2d:
+            layer.forward = partial(visible_batch_norm, layer, layer.forward, mask)
+        elif isinstance(layer, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)):
+            layer.register_forward_hook(partial(hide, mask))
+        elif isinstance(layer, (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)):
+            raise ValueError(f"{name} is a {type(layer).__name__} and would see hidden pixels; SparK needs BatchNorm2d")
+
+
+def hide(mask, layer, inputs, output):
+    """Forward hook: zero at hidden sites, so that the next layer's window finds nothing there."""
+    return None if mask.active is None else output * mask.at(output)
+
+
+def visible_batch_norm(layer, plain, mask, x):
+    """What BatchNorm1d computes on the rows of visible sites, zero elsewhere. `plain` is the layer's own forward."""
+    if mask.active is None:
+        return plain(x)
+    visible, (y,) = mask.at(x), at_least_float32(x)
+    if layer.training or layer.running_mean is None:
+        count = visible.sum()
+        mean = (y * visible).sum((0, 2, 3), keepdim=True) / count           # (1, C, 1, 1)
+        centred = (y - mean) * visible                                      # (B, C, H, W)
+        variance = centred.square().sum((0, 2, 3), keepdim=True) / count    # (1, C, 1, 1)
+        if layer.training and layer.track_running_stats:
+            with torch.no_grad():                                          # .data: other passes of this step may have saved the buffers
+                layer.num_batches_tracked.add_(1)
+                rate = 1 / layer.num_batches_tracked if layer.momentum is None else layer.momentum
+                unbiased = variance * count / (count - 1)
+                layer.running_mean.data.add_(rate * (mean.flatten() - layer.running_mean))
+                layer.running_var.data.add_(rate * (unbiased.flatten() - layer.running_var))
+    else:
+        centred = (y - layer.running_mean.view(1, -1, 1, 1)) * visible
+        variance = layer.running_var.view(1, -1, 1, 1)
+    scale = (variance + layer.eps).rsqrt()                                  # (1, C, 1, 1)
+    if not layer.affine:
+        return (centred * scale).to(x.dtype)
+    scale, shift = scale * layer.weight.view(1, -1, 1, 1), layer.bias.view(1, -1, 1, 1) * visible
+    return torch.addcmul(shift, centred, scale).to(x.dtype)                 # (B, C, H, W), shift + centred * scale
+
+
+def up_block(width):
+    """Twice the size, half the width."""
+    return nn.Sequential(
+        nn.ConvTranspose2d(width, width, 4, stride=2, padding=1),
+        nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU6(inplace=True),
+        nn.Conv2d(width, width // 2, 3, padding=1, bias=False), nn.BatchNorm2d(width // 2))
+
+
+def masked_patch_loss(prediction, image, active, cell, eps, normalise_prediction=False):
+    """Eqs. 5 and 6. prediction, image (B, C, H, W); active (B, 1, h, w) bool, True = visible, which does not count."""
+    p, target = (F.pixel_unshuffle(x, cell) for x in at_least_float32(prediction, image))   # (B, C cell^2, h, w)
+    target = normalise(target, eps)
+    if normalise_prediction:
+        p = normalise(p, eps)
+    error = (p - target).square().mean(1, keepdim=True)                     # (B, 1, h, w)
+    return (error * ~active).sum() / (~active).sum().clamp(min=1)
+
+
+def normalise(cells, eps):
+    """Each column of (B, N, h, w), the N values of one cell, to mean 0 and variance 1; flat ones go to 0."""
+    variance, mean = torch.var_mean(cells, 1, keepdim=True)                 # (B, 1, h, w)
+    return (cells - mean) / (variance + eps).sqrt()
+
+
+def restore(prediction, image, active, cell, eps, normalise_prediction=False):
+    """The picture: visible cells from the image, hidden ones painted, with the true mean and contrast of each cell."""
+    p, x = (F.pixel_unshuffle(x, cell) for x in at_least_float32(prediction, image))        # (B, C cell^2, h, w)
+    if normalise_prediction:
+        p = normalise(p, eps)
+    variance, mean = torch.var_mean(x, 1, keepdim=True)                     # (B, 1, h, w)
+    painted = p * (variance + eps).sqrt() + mean
+    return F.pixel_shuffle(torch.where(active, x, painted), cell).clamp(0, 1)               # (B, C, H, W)
+
+
+def at_least_float32(*tensors):
+    """Half-precision tensors raised to float32; float64 stays, so that tests can be exact."""
+    return [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors]

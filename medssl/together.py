@@ -1,0 +1,72 @@
+"""Together: several methods on one encoder, their losses added.
+
+No single paper: Zhou et al., "Preservational Learning" (PCRL), ICCV 2021, is an example of such sums that helped.
+
+The idea. Each pretext task has its blind spot: rotation overlooks what looks the same from all sides, contrast what its
+augmentation changes, restoration what is large. An encoder that has to serve several of them can afford none of these.
+
+The algorithm. Parts 1, ..., n share the encoder f; each has its own views, heads, queues and averages.
+  loss = sum over parts k of weight_k loss_k(views_k)                                                               (1)
+The loss of a network that knows nothing is the same sum of the parts' (where every part has one).
+
+Shapes. images (B, C, H, W) -> for each part the tuple of its views -> one number. Outputs carry their part's name, as
+in `rotation.accuracy`; each part's after_step gets its own back, without the name.
+
+Differences. Multi-task methods often pass one view through all their heads; here every part makes its own views, so one
+step costs as much as a step of each part. The encoder's BatchNorm normalises each part's pass with that pass' own
+statistics, but its running statistics mix all parts: with SparK, masked and whole images. SparK's sparse mode holds
+only inside SparK's forward. Optimiser, batch and size are those of the first part's RECIPE, each part's augmentation
+that of its own; the encoder to keep is `encoder`, also where a part alone would export another. What gradient
+accumulation means, each part says.
+"""
+
+import inspect
+
+import torch
+from torch import nn
+
+
+class Together(nn.Module):
+    """Weighted sum of methods. parts: name -> method, all on this encoder; weights: name -> number, 1 where missing."""
+
+    def __init__(self, encoder, augment, parts, weights=None):
+        super().__init__()
+        self.encoder, self.augment = encoder, augment                       # the parts bring their own augmentations
+        weights = weights or {}
+        kinds = [type(part).__name__ for part in parts.values()]
+        twice = sorted({kind for kind in kinds if kinds.count(kind) > 1})
+        strangers = [name for name, part in parts.items() if part.encoder is not encoder]
+        unknown = sorted(set(weights) - set(parts))
+        if not parts or twice:
+            raise ValueError(f"no part may stand twice: {', '.join(twice)}" if twice else "there are no parts to add")
+        if strangers:
+            raise ValueError(f"{', '.join(strangers)}: built on another encoder; build every part on the one encoder")
+        if unknown:
+            raise ValueError(f"weights for {', '.join(unknown)}, but the parts are {', '.join(parts)}")
+        self.parts = nn.ModuleDict(parts)
+        self.weights = {name: weights.get(name, 1.0) for name in parts}
+
+    @torch.no_grad()
+    def views(self, images, labels=None, masks=None, groups=None):
+        targets = {"labels": labels, "masks": masks, "groups": groups}
+        views = []
+        for part in self.parts.values():
+            wanted = inspect.signature(part.views).parameters
+            views.append(part.views(images, **{word: value for word, value in targets.items() if word in wanted}))
+        return tuple(views)                                                 # one tuple per part
+
+    def forward(self, *views):
+        outs = {name: part(*view) for (name, part), view in zip(self.parts.items(), views)}
+        together = {"loss": sum(self.weights[name] * out["loss"] for name, out in outs.items())}           # Eq. 1
+        if all("chance" in out for out in outs.values()):
+            together["chance"] = sum(self.weights[name] * out["chance"] for name, out in outs.items())
+        for word in ("embedding", "restored"):                              # of the first part that has one
+            together.update([(word, out[word]) for out in outs.values() if word in out][:1])
+        return together | {f"{name}.{word}": value for name, out in outs.items() for word, value in out.items()}
+
+    @torch.no_grad()
+    def after_step(self, outs, progress):
+        for name, part in self.parts.items():
+            own = f"{name}."
+            part.after_step([{word.removeprefix(own): value for word, value in out.items() if word.startswith(own)}
+                             for out in outs], progress)

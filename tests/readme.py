@@ -1,0 +1,63 @@
+"""Runs what the README shows, in an empty folder: the run command (shortened), and the example that copies one method file.
+
+    python tests/readme.py
+
+The commands are taken from README.md itself, so that it cannot rot. Where torchvision is not installed, the example's encoder is this
+project's ResNet-18 with the same parameter names.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def block(mark):
+    """The code between the fences that follow <!-- mark -->."""
+    found = re.search(rf"<!-- {mark} -->\n```\w*\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    if not found:
+        raise SystemExit(f"README.md: nothing is marked <!-- {mark} -->")
+    return found[1]
+
+
+def run(command, folder, **env):
+    print("+", " ".join(command), flush=True)
+    result = subprocess.run(command, cwd=folder, env=os.environ | env, capture_output=True, text=True)
+    if result.returncode:
+        raise SystemExit(f"failed with status {result.returncode}:\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}")
+    return result.stdout
+
+
+def run_command(folder):
+    install, train = block("run").strip().split(" && ")
+    assert install == "pip install ." and train == "python train.py", (install, train)
+    said = run([sys.executable, str(ROOT / "train.py"), "--steps", "30"], folder, PYTHONPATH=str(ROOT))
+    print(said)
+    for word in ("kNN on validation images", "views.png", "curves.png", "spectrum.png"):
+        assert word in said, f"the run does not speak of {word}"
+    left = {path.name for path in Path(folder).iterdir()}
+    assert left == {"runs"}, f"written outside the run's folder: {left}"
+
+
+def copy_one_file(folder):
+    shutil.copy(ROOT / "medssl" / "simclr.py", folder)
+    code = block("copy").replace("range(100)", "range(5)").replace("/ 100)", "/ 5)")
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        print("torchvision is not installed: the example runs with this project's ResNet-18")
+        code = code.replace("import torch, torchvision", f"import sys, torch\nsys.path.append({str(ROOT)!r})\nfrom medssl.common import encoders")
+        code = code.replace("torchvision.models.resnet18()", "encoders.build('resnet18', 3)")
+    (Path(folder) / "example.py").write_text(code + "\nassert out['loss'].isfinite(); print('loss', float(out['loss']))\n")
+    print(run([sys.executable, "example.py"], folder))
+
+
+for piece in (run_command, copy_one_file):
+    with tempfile.TemporaryDirectory() as folder:
+        piece(folder)
+print("the README's commands work")

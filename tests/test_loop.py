@@ -1,0 +1,294 @@
+"""The loop: exact resume, nothing lost, the same weights however the batch is cut up, and clear words when something is wrong."""
+
+import json
+import os
+import shutil
+import signal
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from medssl.common import augment, encoders, feed, loop
+from medssl.moco import MoCo
+from medssl.rotation import Rotation
+from medssl.simclr import SimCLR
+from tests.common import batch, tiny_encoder
+from tests.test_contract import NAMES, make
+from tests.two_process import run_processes
+
+
+def pictures(count=24, channels=1, size=64, dtype=np.uint8):
+    images = (batch(count, channels, size).numpy() * np.iinfo(dtype).max).astype(dtype)
+    return SimpleNamespace(name="pictures", images=images, labels=None, masks=None, groups=np.arange(count) // 2)
+
+
+def config(out=None, **changes):
+    return loop.Config(**{"steps": 3, "batch": 12, "lr": 0.05, "log_every": 1, "device": "cpu", "out": out and str(out), **changes})
+
+
+def run(method, settings, dataset=None, **words):
+    return list(loop.fit(method, dataset or pictures(), settings, **words))
+
+
+def equal(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_resume_is_exact_for_every_method(name, tmp_path):
+    """Accumulation 2 and bf16; the last step is done twice, once going straight on and once from the checkpoint before it."""
+    settings = config(tmp_path / "a", accum=2, amp="bf16", save_every=2, optimizer="lars", options={"trust": 0.02}, weight_decay=0.1, warmup=1)
+    straight = make(name)
+    for record in loop.fit(straight, pictures(), settings):
+        if record["step"] == 3:
+            shutil.copytree(tmp_path / "a", tmp_path / "b")
+    resumed = make(name)
+    with torch.no_grad():
+        for p in resumed.parameters():                                      # whatever it held before is overwritten
+            p.add_(1)
+    records = run(resumed, loop.Config(**{**vars(settings), "out": str(tmp_path / "b"), "resume": True}))
+    assert [r["step"] for r in records] == [3]
+    assert equal(straight, resumed)
+    first, second = ((tmp_path / x / "log.jsonl").read_text().splitlines() for x in "ab")
+    assert [json.loads(line)["loss"] for line in first] == [json.loads(line)["loss"] for line in second] and len(first) == 3
+
+
+def killed_run(name, at, out):
+    """In a child process: trains and kills itself, as `kill -9` would, after step `at`; with -1 in the middle of saving."""
+    method = make(name)
+    if at < 0:
+        replace, count = os.replace, iter(range(100))
+        os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL) if next(count) > 4 else replace(*paths)
+    for record in loop.fit(method, pictures(), config(out, steps=6, save_every=2)):
+        if record["step"] == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("name,at", [("moco", 3), ("byol", 5), ("moco", -1)])
+def test_a_killed_run_is_resumed_exactly(name, at, tmp_path):
+    straight = make(name)
+    run(straight, config(None, steps=6))
+    with pytest.raises(RuntimeError, match="exit codes"):
+        run_processes(killed_run, 1, tmp_path, name, at, tmp_path / "run")
+    assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["step"] in (2, 4)
+    resumed = make(name)
+    run(resumed, config(tmp_path / "run", steps=6, resume=True))
+    assert equal(straight, resumed)
+    assert [json.loads(line)["step"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
+
+
+class Plain(nn.Module):
+    """An encoder without BatchNorm: its output for one image depends on that image alone."""
+    dim = 6
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 6, 9, stride=8)
+
+    def forward(self, x):
+        return torch.tanh(self.conv(x)).mean((2, 3))
+
+
+def without_norm():
+    torch.manual_seed(0)
+    return Rotation(Plain(), augment.build("contrastive", 64), hidden=8).double()
+
+
+def trained_by_two():
+    method = without_norm().float()
+    records = run(method, config(steps=4, accum=1))
+    return method.state_dict() | {"loss": torch.tensor([r["loss"] for r in records])}
+
+
+def test_two_processes_equal_accumulation_of_two(tmp_path):
+    one = without_norm().float()
+    records = run(one, config(steps=4, accum=2))
+    for result in run_processes(trained_by_two, 2, tmp_path):
+        losses = result.pop("loss")
+        assert torch.allclose(losses, torch.tensor([r["loss"] for r in records]), atol=1e-6)
+        for key, value in one.state_dict().items():
+            assert torch.allclose(value, result[key], atol=1e-6), key
+
+
+def moco_by_two():
+    method = make("moco")
+    run(method, config(steps=2, accum=2))
+    return {"queue": method.queue, "pointer": method.pointer} | {f"w{i}": p.detach() for i, p in enumerate(method.parameters())}
+
+
+def test_queue_and_weights_stay_the_same_on_both_ranks(tmp_path):
+    first, second = run_processes(moco_by_two, 2, tmp_path)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert first["pointer"] == 24 % 20                                      # two steps of the whole batch of twelve
+
+
+def test_accumulation_equals_the_whole_batch():
+    """The mean over micro-batches, not their sum: with a plain encoder the gradient of two halves is that of the whole."""
+    class Same(Plain):
+        pass
+    losses = {}
+    for accum in (1, 2, 4):
+        torch.manual_seed(0)
+        method = Reconstruct(Same())
+        run(method, config(steps=3, accum=accum))
+        losses[accum] = method.encoder.conv.weight.detach().clone()
+    assert torch.allclose(losses[1], losses[2], atol=1e-6) and torch.allclose(losses[1], losses[4], atol=1e-6)
+
+
+class Reconstruct(nn.Module):
+    """A method without randomness, whose outputs can be checked by hand."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder, self.steps, self.seen = encoder, 0, []
+
+    def views(self, images):
+        self.seen.append(images.mean((1, 2, 3)))
+        return (images,)
+
+    def forward(self, x):
+        loss = (self.encoder(x).mean(1) - x.mean((1, 2, 3))).square().mean()
+        return {"loss": loss, "vector": x.mean((1, 2, 3)), "twice": 2 * loss}
+
+    def after_step(self, outs, progress):
+        self.steps += 1
+        assert not any(v.requires_grad for out in outs for v in out.values()) and progress == self.steps / 3
+
+
+def test_after_step_once_a_step_and_records():
+    method = Reconstruct(Plain())
+    records = run(method, config(accum=3, log_every=2))
+    assert method.steps == 3 and len(method.seen) == 9
+    assert isinstance(records[1]["loss"], float) and isinstance(records[0]["loss"], torch.Tensor)
+    assert records[1]["twice"] == pytest.approx(2 * records[1]["loss"]) and "vector" not in records[1]
+    assert records[1]["images_per_s"] > 0 and [r["step"] for r in records] == [1, 2, 3]
+
+
+def test_every_image_is_seen_once_a_pass_and_order_depends_on_the_seed():
+    order = np.concatenate([feed.batch_order(20, 6, step, seed=3) for step in range(3)])
+    assert len(set(order.tolist())) == 18                                   # the tail of two is left out of this pass
+    assert not np.array_equal(feed.batch_order(20, 6, 0, 3), feed.batch_order(20, 6, 3, 3))                # the next pass differs
+    assert not np.array_equal(feed.batch_order(20, 6, 0, 3), feed.batch_order(20, 6, 0, 4))
+    assert np.array_equal(feed.batch_order(20, 6, 7, 3), feed.batch_order(20, 6, 7, 3))
+    wrapped = [feed.batch_order(5, 12, step, 0) for step in range(5)]                                       # 60 draws from 5 images
+    assert all(len(b) == 12 for b in wrapped) and np.bincount(np.concatenate(wrapped)).tolist() == [12] * 5
+
+
+def test_weights_shape_the_order():
+    weights = np.r_[np.full(90, 1.0), np.full(10, 9.0)]                     # the rare tenth as often as the rest
+    drawn = np.concatenate([feed.batch_order(100, 20, step, 0, weights) for step in range(200)])
+    assert abs((drawn >= 90).mean() - 0.5) < 0.03
+    never = feed.batch_order(100, 100, 0, 0, np.r_[np.ones(50), np.zeros(50)])
+    assert never.max() < 50
+
+
+def test_rows_limit_what_is_learnt_from():
+    method = Reconstruct(Plain())
+    dataset, rows = pictures(), np.array([2, 3, 5, 7, 11, 13, 17, 19, 20, 21, 22, 23])
+    run(method, config(), dataset, rows=rows)
+    allowed = dataset.images[rows].mean((1, 2, 3)) / 255
+    seen = torch.cat(method.seen).numpy()
+    assert all(np.abs(allowed - value).min() < 1e-5 for value in seen)
+    assert len({round(float(v), 5) for v in seen}) > 10
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_images_become_floats_between_zero_and_one(dtype, tmp_path):
+    dataset = pictures(6, 2, dtype=dtype)
+    np.save(tmp_path / "x.npy", dataset.images)
+    for source in (dataset.images, np.load(tmp_path / "x.npy", mmap_mode="r")):
+        with feed.Images(source, torch.device("cpu")) as images:
+            images.ask(np.array([4, 1, 1]))
+            taken = images.take()
+        assert taken.dtype == torch.float32
+        assert np.allclose(taken.numpy(), dataset.images[[4, 1, 1]] / np.iinfo(dtype).max)
+
+
+def test_targets_reach_the_views():
+    class Labelled(Reconstruct):
+        def views(self, images, labels, groups, masks):
+            assert masks is None and torch.equal(groups, labels // 2)
+            return (images,)
+    dataset = pictures()
+    dataset.labels = np.arange(24)
+    run(Labelled(Plain()), config(), dataset)
+
+
+class Explodes(Reconstruct):
+    def forward(self, x):
+        return {"loss": super().forward(x)["loss"] * (math_inf if self.steps == 2 else 1.0)}
+
+
+math_inf = float("inf")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match=r"not finite since step 3.*last good checkpoint"):
+        run(Explodes(Plain()), config(tmp_path, save_every=1, log_every=100))
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 2
+
+
+def test_ctrl_c_saves_and_ends(tmp_path):
+    method = Reconstruct(Plain())
+    records = []
+    for record in loop.fit(method, pictures(), config(tmp_path, steps=3, save_every=100)):
+        records.append(record)
+        if record["step"] == 1:
+            signal.raise_signal(signal.SIGINT)
+    assert [r["step"] for r in records] == [1, 2] and torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 2
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_groups_rates_clip_and_schedule():
+    method = Reconstruct(Plain())
+    before = method.encoder.conv.weight.detach().clone()
+    groups = [{"params": [method.encoder.conv.weight], "rate": 0.0, "decays": True, "weight_decay": 0.0},
+              {"params": [method.encoder.conv.bias], "rate": 1.0, "decays": False, "weight_decay": 0.0}]
+    bias = method.encoder.conv.bias.detach().clone()
+    records = run(method, config(warmup=1, steps=3), groups=groups)
+    assert torch.equal(before, method.encoder.conv.weight.detach()) and not torch.equal(bias, method.encoder.conv.bias.detach())
+    assert records[0]["lr"] == 0 and records[1]["lr"] == pytest.approx(0.05) and records[2]["lr"] == pytest.approx(0.025)
+    clipped = Reconstruct(Plain())
+    clipped.load_state_dict(method.state_dict())
+    start = clipped.encoder.conv.weight.detach().clone()
+    run(clipped, config(clip=1e-4, options={"momentum": 0.0}, lr=1.0))
+    assert (clipped.encoder.conv.weight.detach() - start).norm() <= 1e-4 * (1 + 0.75 + 0.25) + 1e-7
+
+
+def test_compile_changes_no_saved_key(tmp_path, monkeypatch):
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: compiled(model, backend="eager"))       # the tracing without the C++ compiler
+    plain, traced = make("simclr"), make("simclr")
+    run(plain, config(tmp_path / "a", steps=1))
+    run(traced, config(tmp_path / "b", steps=1, compile=True))
+    a, b = (torch.load(tmp_path / x / "checkpoint.pt", weights_only=True)["method"] for x in "ab")
+    assert a.keys() == b.keys() and all(torch.allclose(a[k].float(), b[k].float(), atol=1e-4) for k in a)
+    assert torch.load(tmp_path / "b/encoder.pt", weights_only=True).keys() == tiny_encoder().state_dict().keys()
+
+
+def test_half_precision_with_scaler_trains_and_resumes(tmp_path):
+    method = Reconstruct(Plain())
+    run(method, config(tmp_path, amp="fp16", save_every=2))
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert state["scaler"]["scale"] > 0 and state["step"] == 3
+    assert method.encoder.conv.weight.dtype == torch.float32
+
+
+def test_misuse_is_told_in_one_line(tmp_path):
+    with pytest.raises(ValueError, match="must divide"):
+        run(Reconstruct(Plain()), config(accum=5))
+    with pytest.raises(ValueError, match="no image"):
+        run(Reconstruct(Plain()), config(), rows=[])
+    with pytest.raises(ValueError, match="sees no GPU"):
+        if torch.cuda.is_available():
+            raise ValueError("sees no GPU")
+        run(Reconstruct(Plain()), config(device="cuda"))
+    run(Reconstruct(Plain()), config(tmp_path))
+    with pytest.raises(ValueError, match="belongs to another method"):
+        run(make("simclr"), config(tmp_path, resume=True))
+    with pytest.raises(ValueError, match="no such file"):
+        run(make("simclr"), config(tmp_path / "empty", resume=True))

@@ -1,0 +1,349 @@
+"""Every loss against numbers of trusted implementations, naive loops, and what must leave it unchanged."""
+
+import copy
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from medssl.byol import BYOL, cosine_distance, momentum_at
+from medssl.dcl import DCL, decoupled_loss
+from medssl.simclr import SimCLR, nt_xent
+from medssl.simsiam import SimSiam, negative_cosine
+from medssl.swav import SwAV, sinkhorn, swapped_loss
+from medssl.vicreg import VICReg, vicreg_terms
+from tests.common import Flip, batch, tiny_encoder
+
+GOLDEN = Path(__file__).parent / "golden"
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-5}
+both_types = pytest.mark.parametrize("dtype", TOLERANCE)
+
+
+def golden(name, dtype, *inputs):
+    """The file's arrays as tensors, its inputs as leaves of this type."""
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        arrays = {key: torch.as_tensor(file[key]) for key in file}
+    return arrays, [arrays[key].to(dtype).requires_grad_() for key in inputs]
+
+
+def same(found, wanted, worst=1.0):
+    """Equal to the tolerance of the type, relative to the largest value; `worst` loosens float32 only."""
+    assert found.isfinite().all()
+    tolerance = TOLERANCE[found.dtype] * (worst if found.dtype == torch.float32 else 1.0)
+    assert (found.double() - wanted).abs().max() <= tolerance * wanted.abs().max()
+
+
+def rows(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def on_embeddings(method_class, dim, **words):
+    """A method whose views are embeddings already."""
+    encoder = nn.Identity()
+    encoder.dim = dim
+    method = method_class(encoder, None, dim=dim, **words)
+    method.projector = nn.Identity()
+    return method
+
+
+# Golden numbers
+
+@both_types
+@pytest.mark.parametrize("which", (0, 1))
+def test_nt_xent_golden(dtype, which):
+    g, z = golden("nt_xent", dtype, "z1", "z2")
+    loss = nt_xent(*z, g["temperatures"][which].item())
+    same(loss, g["loss"][which])
+    for name, grad in zip(("grad_z1", "grad_z2"), torch.autograd.grad(loss, z)):
+        same(grad, g[name][which], worst=10)
+    outs = on_embeddings(SimCLR, 64)(*z)
+    assert outs["chance"] == pytest.approx(g["chance"].item())
+
+
+@both_types
+@pytest.mark.parametrize("which", (0, 1))
+@pytest.mark.parametrize("name", ("dcl", "dclw"))
+def test_dcl_golden(dtype, which, name):
+    g, z = golden("dcl", dtype, "z1", "z2")
+    temperature, sigma = g["temperatures"][which].item(), g["sigma"].item() if name == "dclw" else None
+    loss = decoupled_loss(*z, temperature, sigma)
+    same(loss, g[f"{name}_12"][which])
+    same(decoupled_loss(*z[::-1], temperature, sigma), g[f"{name}_21"][which])
+    same(on_embeddings(DCL, 64, temperature=temperature, sigma=sigma)(*z)["loss"], g[f"{name}_symmetric"][which])
+    for key, grad in zip(("grad_z1", "grad_z2"), torch.autograd.grad(loss, z)):
+        same(grad, g[f"{name}_12_{key}"][which], worst=10)
+
+
+@both_types
+def test_byol_golden(dtype):
+    g, (p1, p2) = golden("byol", dtype, "p1", "p2")
+    z1, z2 = g["z1"].to(dtype), g["z2"].to(dtype)
+    same(cosine_distance(p1, z2), g["loss_12"])
+    loss = cosine_distance(p1, z2) + cosine_distance(p2, z1)
+    same(loss, g["loss"])
+    for key, grad in zip(("grad_p1", "grad_p2"), torch.autograd.grad(loss, (p1, p2))):
+        same(grad, g[key])
+
+
+@both_types
+def test_simsiam_golden(dtype):
+    g, (p1, p2) = golden("simsiam", dtype, "p1", "p2")
+    z1, z2 = g["z1"].to(dtype), g["z2"].to(dtype)
+    same(negative_cosine(p1, z2), g["negative_cosine_12"])
+    loss = (negative_cosine(p1, z2) + negative_cosine(p2, z1)) / 2
+    same(loss, g["loss"])
+    for key, grad in zip(("grad_p1", "grad_p2"), torch.autograd.grad(loss, (p1, p2))):
+        same(grad, g[key])
+
+
+@both_types
+def test_vicreg_golden(dtype):
+    g, z = golden("vicreg", dtype, "z1", "z2")
+    outs = on_embeddings(VICReg, 32)(*z)
+    terms = dict(zip(("invariance", "variance", "covariance"), vicreg_terms(*z)), loss=outs["loss"])
+    for name, term in terms.items():
+        same(term, g[name])
+        same(outs[name], g[name])
+        for view, grad in zip(z, torch.autograd.grad(term, z, retain_graph=True)):
+            same(grad, g[f"{name}_grad_{'z1' if view is z[0] else 'z2'}"])
+
+
+@both_types
+def test_swav_golden(dtype):
+    g, (scores,) = golden("swav", dtype, "scores")
+    codes = torch.stack([sinkhorn(view, g["epsilon"].item(), g["iterations"].item()) for view in scores])
+    assert not codes.requires_grad
+    same(codes, g["codes"], worst=2)                                        # scores are divided by 0.05
+    loss = swapped_loss(scores, codes, g["temperature"].item())
+    same(loss, g["loss"])
+    same(torch.autograd.grad(loss, scores)[0], g["grad_scores"], worst=2)
+
+
+def test_byol_momentum_golden():
+    g, _ = golden("schedule", torch.float64)
+    found = [momentum_at(g["base_momentum"].item(), step / 50) for step in range(51)]
+    same(torch.tensor(found, dtype=torch.float64), g["byol_momentum"])
+    assert found[0] == 0.99 and found[-1] == 1
+
+
+# Naive loops
+
+def cosine(a, b):
+    return sum(x * y for x, y in zip(a, b)) / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
+
+
+def test_nt_xent_is_the_double_loop():
+    z1, z2 = rows(5, 3), rows(5, 3, seed=1)
+    z, total = [*z1.tolist(), *z2.tolist()], 0.0
+    for i in range(10):
+        others = [math.exp(cosine(z[i], z[j]) / 0.3) for j in range(10) if j != i]
+        total -= math.log(math.exp(cosine(z[i], z[(i + 5) % 10]) / 0.3) / sum(others))
+    assert nt_xent(z1, z2, 0.3).item() == pytest.approx(total / 10, abs=1e-10)
+
+
+@pytest.mark.parametrize("sigma", (None, 0.4))
+def test_decoupled_loss_is_the_double_loop(sigma):
+    z1, z2 = rows(5, 3), rows(5, 3, seed=1)
+    u, v, total = z1.tolist(), z2.tolist(), 0.0
+    for i in range(5):
+        negatives = sum(math.exp(cosine(u[i], other[j]) / 0.3) for other in (u, v) for j in range(5) if j != i)
+        weight = 1.0
+        if sigma is not None:
+            shares = [math.exp(cosine(u[j], v[j]) / sigma) for j in range(5)]
+            weight = 2 - shares[i] / (sum(shares) / 5)
+        total += math.log(negatives) - weight * cosine(u[i], v[i]) / 0.3
+    assert decoupled_loss(z1, z2, 0.3, sigma).item() == pytest.approx(total / 5, abs=1e-10)
+
+
+# What must not matter, and what must
+
+PAIR_LOSSES = {
+    "nt_xent": lambda a, b: nt_xent(a, b, 0.2),
+    "dcl": lambda a, b: decoupled_loss(a, b, 0.2),
+    "dclw": lambda a, b: decoupled_loss(a, b, 0.2, 0.5),
+    "cosine_distance": cosine_distance,
+    "negative_cosine": negative_cosine,
+    "vicreg": lambda a, b: torch.stack(vicreg_terms(a, b)).sum(),
+    "swav": lambda a, b: swapped_loss(torch.stack([a, b]), torch.stack([sinkhorn(x, 0.5, 3) for x in (a, b)]), 0.2),
+}
+pair_losses = pytest.mark.parametrize("loss", PAIR_LOSSES.values(), ids=PAIR_LOSSES)
+
+
+@pair_losses
+def test_the_order_of_images_does_not_matter_but_their_pairing_does(loss):
+    a, b, order = rows(7, 4), rows(7, 4, seed=1), torch.tensor([3, 0, 6, 1, 5, 2, 4])
+    assert loss(a[order], b[order]).item() == pytest.approx(loss(a, b).item(), abs=1e-10)
+    assert abs(loss(a[order], b) - loss(a, b)) > 1e-3
+
+
+@pytest.mark.parametrize("name", ("nt_xent", "dcl", "dclw", "cosine_distance", "negative_cosine"))
+def test_the_length_of_rows_does_not_matter(name):
+    a, b, lengths = rows(7, 4), rows(7, 4, seed=1), torch.linspace(0.1, 9, 7, dtype=torch.float64).unsqueeze(1)
+    loss = PAIR_LOSSES[name]
+    assert loss(a * lengths, b / lengths).item() == pytest.approx(loss(a, b).item(), abs=1e-10)
+
+
+@pair_losses
+@pytest.mark.parametrize("half", (torch.float16, torch.bfloat16), ids=str)
+def test_half_precision_is_raised(loss, half):
+    a, b = rows(8, 16).to(half), rows(8, 16, seed=1).to(half)
+    wanted = loss(a.float(), b.float())
+    with torch.autocast("cpu", dtype=half):
+        found = loss(a, b)
+    assert found.dtype == torch.float32 and found == wanted
+    assert loss(a.double(), b.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("method", (on_embeddings(SimCLR, 4), on_embeddings(DCL, 4), on_embeddings(DCL, 4, sigma=0.5),
+                                    on_embeddings(VICReg, 4)), ids=("simclr", "dcl", "dclw", "vicreg"))
+def test_chance_is_the_loss_of_equal_embeddings(method):
+    outs = method(torch.ones(6, 4), torch.ones(6, 4))
+    assert outs["loss"].item() == pytest.approx(outs["chance"], rel=1e-5)
+    if "covariance" in outs:
+        assert outs["covariance"] == 0
+
+
+# SimSiam and BYOL
+
+def test_simsiam_stops_the_gradient_of_the_goal():
+    x1, x2 = rows(6, 4).requires_grad_(), rows(6, 4, seed=1).requires_grad_()
+    method = on_embeddings(SimSiam, 4, predictor=False)
+    found = torch.autograd.grad(method(x1, x2)["loss"], (x1, x2))
+    for x, goal, gradient in ((x1, x2, found[0]), (x2, x1, found[1])):
+        wanted, = torch.autograd.grad(negative_cosine(x, goal.detach()) / 2, x)
+        torch.testing.assert_close(gradient, wanted)                        # twice as much without the stop
+
+
+def test_simsiam_without_predictor_has_none():
+    assert not list(SimSiam(tiny_encoder(), Flip(), predictor=False).predictor.parameters())
+    assert len(list(SimSiam(tiny_encoder(), Flip()).predictor.parameters())) == 6
+
+
+def small_byol(**words):
+    torch.manual_seed(0)
+    method = BYOL(tiny_encoder(width=4), Flip(), hidden=8, predictor_hidden=8, dim=4, **words)
+    for p in [*method.encoder.parameters(), *method.projector.parameters()]:
+        p.data.add_(torch.randn_like(p))                                    # as if trained for a while
+    return method
+
+
+def test_byol_target_follows_by_eq_3():
+    method = small_byol(momentum=0.9)
+    pairs = [*zip([*method.target_encoder.parameters(), *method.target_projector.parameters()],
+                  [*method.encoder.parameters(), *method.projector.parameters()])]
+    for progress in (0.25, 1.0):
+        m = 1 - 0.1 * (1 + math.cos(math.pi * progress)) / 2
+        before = [slow.clone() for slow, _ in pairs]
+        method.after_step([], progress)
+        for old, (slow, fast) in zip(before, pairs):
+            torch.testing.assert_close(slow, m * old + (1 - m) * fast)
+            assert progress == 1 or not torch.equal(slow, old)
+            assert progress < 1 or torch.equal(slow, old)                   # at the end the target stands still
+
+
+def test_byol_target_keeps_its_own_statistics_and_gets_no_gradient():
+    method = small_byol()
+    outs = method(*method.views(batch(6)))
+    outs["loss"].backward()
+    assert all(p.grad is None and not p.requires_grad for p in method.target_encoder.parameters())
+    before = method.target_encoder.bn1.running_mean.clone()
+    assert before.abs().sum() > 0 and not torch.equal(before, method.encoder.bn1.running_mean)
+    method.after_step([outs], 0.5)
+    assert torch.equal(before, method.target_encoder.bn1.running_mean)
+
+
+def test_byol_compares_each_view_with_the_targets_view_of_the_other():
+    method = small_byol()
+    x1, x2 = method.views(batch(6))
+    p1, p2 = (method.predictor(method.projector(method.encoder(x))) for x in (x1, x2))
+    t1, t2 = (method.target_projector(method.target_encoder(x)) for x in (x1, x2))
+    torch.testing.assert_close(method(x1, x2)["loss"], cosine_distance(p1, t2) + cosine_distance(p2, t1))
+
+
+def test_byol_exports_the_encoder_that_was_asked_for():
+    online, target = small_byol(), small_byol(export="target")
+    assert online.exported is online.encoder and target.exported is target.target_encoder
+    assert target.exported.dim == target.encoder.dim
+    with pytest.raises(ValueError, match="online or target"):
+        small_byol(export="both")
+
+
+# SwAV
+
+def test_sinkhorn_shares_out_the_batch_whatever_the_scale():
+    scores = rows(12, 5)
+    codes = sinkhorn(scores, 0.5, 200)
+    torch.testing.assert_close(codes.sum(1), torch.ones(12, dtype=torch.float64))
+    torch.testing.assert_close(codes.sum(0), torch.full((5,), 12 / 5, dtype=torch.float64))
+    torch.testing.assert_close(sinkhorn(scores + 1000, 0.5, 3), sinkhorn(scores, 0.5, 3))
+    assert sinkhorn(scores.float(), 1e-3, 3).isfinite().all()               # e^-1000 is no float
+
+
+def test_swapped_loss_is_the_loop_over_codes_and_crops():
+    scores, codes = rows(4, 6, 5), rows(2, 6, 5, seed=1).softmax(2)
+    pairs = [F.cross_entropy(scores[v] / 0.1, codes[c]).item() for c in (0, 1) for v in range(4) if v != c]
+    assert len(pairs) == 6
+    assert swapped_loss(scores, codes, 0.1).item() == pytest.approx(sum(pairs) / 6, abs=1e-10)
+
+
+def test_swav_crops_reach_the_loss_and_shape_no_code():
+    torch.manual_seed(0)
+    method = on_embeddings(SwAV, 4, prototypes=5)
+    x1, x2, small = rows(6, 4).float(), rows(6, 4, seed=1).float(), rows(6, 4, seed=2).float().requires_grad_()
+    loss = method(x1, x2, small)["loss"]
+    assert torch.autograd.grad(loss, small)[0].abs().sum() > 0
+    with torch.no_grad():
+        scores = torch.stack([F.normalize(x, dim=1) for x in (x1, x2, small)]) @ method.prototypes.T
+        codes = torch.stack([sinkhorn(view, 0.05, 3) for view in scores[:2]])
+    torch.testing.assert_close(loss.detach(), swapped_loss(scores, codes, 0.1))
+
+
+def test_swav_makes_as_many_small_crops_as_told():
+    small = lambda images: F.interpolate(images, size=32)
+    method = SwAV(tiny_encoder(width=4), Flip(), small=small, crops=3, hidden=8, dim=4, prototypes=5)
+    views = method.views(batch(6))
+    assert [v.shape[2] for v in views] == [64, 64, 32, 32, 32]
+    outs = method(*views)
+    assert outs["embedding"].shape == (6, 4) and outs["chance"] == math.log(5)
+    assert len(SwAV(tiny_encoder(), Flip()).views(batch(2))) == 2
+
+
+def test_swav_prototypes_are_frozen_as_told_and_stay_unit():
+    torch.manual_seed(0)
+    method = copy.deepcopy(on_embeddings(SwAV, 4, prototypes=5, freeze=2))  # copies freeze as well
+    optimizer = torch.optim.SGD([method.prototypes], lr=1.0, momentum=0.9, weight_decay=0.1)
+    start, moved = method.prototypes.detach().clone(), []
+    for step in range(4):
+        optimizer.zero_grad()
+        outs = method(rows(6, 4, seed=step).float(), rows(6, 4, seed=9 + step).float())
+        outs["loss"].backward()
+        optimizer.step()
+        method.after_step([outs], (step + 1) / 4)
+        torch.testing.assert_close(method.prototypes.norm(dim=1), torch.ones(5))
+        moved.append((method.prototypes - start).abs().max().item() > 1e-5)
+    assert moved == [False, False, True, True]
+    torch.testing.assert_close(on_embeddings(SwAV, 4).prototypes.norm(dim=1), torch.ones(500))
+
+
+def test_swav_queue_wraps_and_joins_the_codes_once_it_is_full():
+    torch.manual_seed(0)
+    method, plain = on_embeddings(SwAV, 4, prototypes=5, queue_size=7), on_embeddings(SwAV, 4, prototypes=5)
+    plain.prototypes.data.copy_(method.prototypes)
+    seen = torch.zeros(2, 0, 4)
+    for step, sizes in enumerate(((3,), (2, 1), (3,), (9,), (2,))):         # micro-batches; nine are more than fit
+        outs, expected = [], []
+        for size in sizes:
+            x = rows(2, size, 4, seed=20 + 3 * step + size).float()
+            outs.append(method(*x))
+            expected.append(plain(*x)["loss"])
+            seen = torch.cat([seen, F.normalize(x, dim=2)], 1)
+        alike = all(torch.equal(out["loss"], loss) for out, loss in zip(outs, expected))
+        assert alike == (step < 3)                                          # 3, 6, 9: full after the third step
+        method.after_step(outs, 0.5)
+    slots = torch.arange(seen.shape[1])[-7:]
+    torch.testing.assert_close(method.queue[:, slots % 7], seen[:, -7:])
+    assert method.queued == 20

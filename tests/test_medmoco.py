@@ -1,0 +1,236 @@
+"""MedMoCo: whitening equals trusted codes, regions show the same anatomy in both views, parts can be switched off."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from medssl import medmoco
+from medssl.medmoco import MedMoCo, iternorm, matched_regions, pool_regions, region_nce, zca
+from medssl.moco import MoCo
+from tests.common import Flip, batch, tiny_encoder
+
+GOLDEN = np.load(Path(__file__).parent / "golden" / "zca.npz")
+GOLDEN = {name: torch.from_numpy(value) for name, value in GOLDEN.items()}
+
+
+def method(**words):
+    torch.manual_seed(0)
+    return MedMoCo(tiny_encoder(), Flip(), **{"dim": 16, "queue_size": 24, **words})
+
+
+@pytest.mark.parametrize("case", ["one", "grouped"])
+@pytest.mark.parametrize("name", ["zca", "iternorm"])
+def test_whitening_equals_golden(name, case):
+    x, c = GOLDEN[f"{case}_x"].double().requires_grad_(), GOLDEN[f"{case}_c"].double()
+    eps, groups, steps = (GOLDEN[f"{case}_{word}"].item() for word in ("eps", "groups", "steps"))
+    y = zca(x, eps, groups) if name == "zca" else iternorm(x, steps, eps, groups)
+    (y * c).sum().backward()
+    torch.testing.assert_close(y, GOLDEN[f"{case}_{name}_y"], rtol=0, atol=1e-8)
+    torch.testing.assert_close(x.grad, GOLDEN[f"{case}_{name}_grad"], rtol=0, atol=1e-8)
+
+
+def test_iternorm_of_maps_equals_golden():
+    """Every place of every map is a row."""
+    x, c, expected, gradient = (GOLDEN[f"map_{word}"].double().movedim(1, 3).flatten(0, 2)
+                                for word in ("x", "c", "iternorm_y", "iternorm_grad"))
+    x = x.requires_grad_()
+    y = iternorm(x, GOLDEN["map_steps"].item(), GOLDEN["map_eps"].item(), GOLDEN["map_groups"].item())
+    (y * c).sum().backward()
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-8)
+    torch.testing.assert_close(x.grad, gradient, rtol=0, atol=1e-8)
+
+
+def test_zca_gradient_with_repeated_eigenvalues():
+    axes = torch.eye(3, dtype=torch.float64)
+    equal = torch.cat([axes, -axes])                                                    # covariance I / 3
+    flat = torch.zeros(5, 3, dtype=torch.float64)                                       # covariance 0
+    assert torch.autograd.gradcheck(lambda x: zca(x, 1e-3, 1), equal.requires_grad_())
+    assert torch.autograd.gradcheck(lambda x: zca(x, 1.0, 1), flat.requires_grad_())
+    zca(torch.ones(4, 6).requires_grad_(), 1e-5, 2).sum().backward()
+    low, high = torch.randn(40, 8), torch.randn(40, 8)
+    high[:, 1] = high[:, 0]                                                             # float32, one feature twice
+    for x in (low, high):
+        x.requires_grad_()
+        (zca(x, 1e-5, 2) ** 3).sum().backward()
+        assert x.grad.isfinite().all()
+
+
+def test_whitened_features_are_uncorrelated_within_groups():
+    torch.manual_seed(0)
+    x = torch.randn(64, 12, dtype=torch.float64) @ torch.randn(12, 12, dtype=torch.float64) + 3
+    y = zca(x, 1e-9, 3)
+    covariance = (y.T @ y / 64).view(3, 4, 3, 4)
+    torch.testing.assert_close(y.mean(0), torch.zeros(12, dtype=torch.float64))
+    for g in range(3):
+        torch.testing.assert_close(covariance[g, :, g], torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-6)
+    assert covariance[0, :, 1].abs().max() > 0.05                                       # between groups they stay
+    with torch.autocast("cpu", torch.bfloat16):
+        y = zca(x.bfloat16(), 1e-5, 3)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close((y.T @ y / 64)[:4, :4], torch.eye(4), rtol=0, atol=1e-3)
+
+
+def test_groups_fit_the_rows():
+    assert [medmoco.fitting_groups(128, rows) for rows in (1, 3, 8, 16, 17, 64, 300)] == [128, 128, 32, 16, 16, 4, 1]
+    assert medmoco.fitting_groups(96, 16) == 12 and medmoco.fitting_groups(7, 10) == 7
+
+
+def test_region_nce_equals_loops():
+    torch.manual_seed(0)
+    u, v = (F.normalize(torch.randn(5, 6, 8, dtype=torch.float64), dim=2) for _ in range(2))
+    valid = torch.rand(5, 6) < 0.6
+    valid[1], valid[2], valid[3, :] = False, True, torch.arange(6) == 4                 # none, all, a single one
+
+    def loops(valid):
+        terms, chance = [], []
+        for n in range(5):
+            for i in range(6):
+                if valid[n, i]:
+                    row = [math.exp(u[n, i] @ v[n, j] / 0.2) for j in range(6) if valid[n, j]]
+                    terms.append(-math.log(math.exp(u[n, i] @ v[n, i] / 0.2) / sum(row)))
+                    chance.append(math.log(len(row)))
+        return sum(terms) / len(terms), sum(chance) / len(chance)
+
+    everywhere = torch.ones_like(valid)
+    assert region_nce(u, v, 0.2).item() == pytest.approx(loops(everywhere)[0], abs=1e-10)
+    assert region_nce(u, v, 0.2, valid).item() == pytest.approx(loops(valid)[0], abs=1e-10)
+    assert medmoco.region_chance(valid).item() == pytest.approx(loops(valid)[1], abs=1e-6)
+    u.requires_grad_()
+    region_nce(u, v, 0.2, valid).backward()
+    assert torch.equal(u.grad.abs().sum(2) > 0, valid & (valid.sum(1) > 1)[:, None])
+    nothing = region_nce(u, v, 0.2, torch.zeros_like(valid))
+    assert nothing == 0 and torch.autograd.grad(nothing, u)[0].isfinite().all()
+
+
+def affine_views(images, seed):
+    """Crops anywhere, flips, any rotation, per image; black outside the image."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(low, high):
+        return torch.rand(len(images), generator=generator) * (high - low) + low
+    angle, scale = uniform(-math.pi, math.pi), uniform(0.6, 1.2)
+    flip = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
+    x, y = uniform(-0.4, 0.4), uniform(-0.4, 0.4)
+    theta = torch.stack([torch.stack([scale * angle.cos() * flip, -scale * angle.sin(), x], 1),
+                         torch.stack([scale * angle.sin() * flip, scale * angle.cos(), y], 1)], 1)       # (B, 2, 3)
+    return F.grid_sample(images, F.affine_grid(theta, images.shape, align_corners=False), align_corners=False), theta
+
+
+def test_matched_regions_show_the_same_anatomy():
+    """A marker is painted into each image; in both views the same regions see it, and see it alike."""
+    torch.manual_seed(0)
+    axis = (torch.arange(96) + 0.5) / 48 - 1
+    centre = 1.2 * torch.rand(48, 2, 1, 1) - 0.6
+    squared = (axis.view(1, 1, -1) - centre[:, 0]) ** 2 + (axis.view(1, -1, 1) - centre[:, 1]) ** 2
+    images = torch.exp(-squared / 0.02)[:, None]                                        # (48, 1, 96, 96)
+    (x1, theta1), (x2, theta2) = affine_views(images, 1), affine_views(images, 2)
+    points1, points2, valid = matched_regions(theta1, theta2, 20)
+    seen1, seen2 = pool_regions(x1, points1, 20)[..., 0], pool_regions(x2, points2, 20)[..., 0]     # (48, 20)
+    torch.testing.assert_close(seen1[valid], seen2[valid], rtol=0, atol=0.01)
+    found = (seen1 * valid).amax(1) > 0.4
+    assert found.sum() > 12 and 0.5 < valid.float().mean() < 1
+    assert torch.equal((seen1 * valid).argmax(1)[found], (seen2 * valid).argmax(1)[found])
+    assert (seen1 - seen2)[~valid].abs().max() > 0.1                               # the others are left out with reason
+
+    in_image = points1 @ theta1[:, :, :2].mT + theta1[:, None, :, 2]                    # every point, to rounding
+    torch.testing.assert_close(points2 @ theta2[:, :, :2].mT + theta2[:, None, :, 2], in_image, rtol=0, atol=1e-5)
+    inside = ((in_image.abs() <= 1) & (points2.abs() <= 1) & (points1.abs() <= 1)).all(2).view(48, 20, -1).all(2)
+    assert torch.equal(valid, inside)
+    cells = points1.view(48, 20, -1, 2).mean(2).mul(100).round()
+    assert all(len(cells[n].unique(dim=0)) == 20 for n in range(48))                    # no region twice
+
+
+def test_views_without_overlap_leave_no_region():
+    corner = torch.tensor([[[0.3, 0, -0.6], [0, 0.3, -0.6]]])
+    other = torch.tensor([[[0.3, 0, 0.6], [0, 0.3, 0.6]]])
+    assert not matched_regions(corner, other, 20)[2].any()
+    points1, points2, valid = matched_regions(corner, corner, 20)
+    assert valid.all() and torch.allclose(points1, points2, atol=1e-6)
+
+
+def test_regions_are_read_from_the_chosen_map():
+    maps = torch.arange(16.0).view(1, 1, 4, 4)
+    corners = torch.tensor([[[-0.75, -0.75], [0.75, -0.75], [0.25, 0.75], [0.25, -0.75]]])     # cells 0, 3, 14, 2
+    assert pool_regions(maps, corners, 4).flatten().tolist() == [0, 3, 14, 2]
+    assert pool_regions(maps, corners, 2).flatten().tolist() == [1.5, 8]                # two points a region
+    maps, points = torch.randn(2, 3, 5, 7, dtype=torch.float64), torch.rand(2, 6, 2).double() * 2.2 - 1.1
+    sampled = F.grid_sample(maps, points.view(2, 3, 2, 2), padding_mode="border", align_corners=False).mean(3).mT
+    torch.testing.assert_close(pool_regions(maps, points, 3), sampled)
+    encoder = tiny_encoder()
+    assert MedMoCo(encoder, Flip(), queue_size=8, size=64).local_projector[0].in_features == encoder.widths[-2]
+    assert MedMoCo(encoder, Flip(), queue_size=8, size=128).local_projector[0].in_features == encoder.widths[-1]
+    with pytest.raises(ValueError, match="regions=0"):
+        MedMoCo(torch.nn.Identity(), Flip())
+
+
+def test_each_part_can_be_switched_off():
+    images, groups = batch(19), torch.arange(19) // 3
+    for patients in (True, False):
+        words = {"dim": 16, "queue_size": 24, "temperature": 0.2, "bn_chunks": 2, "same_patient_negatives": patients}
+        torch.manual_seed(0)
+        plain = MoCo(tiny_encoder(), Flip(), **words)
+        torch.manual_seed(0)
+        bare = MedMoCo(tiny_encoder(), Flip(), decorrelation=None, regions=0, **words)
+        for _ in range(2):                                                          # the second meets the new queue
+            results = []
+            for model in (plain, bare):
+                torch.manual_seed(1)
+                out = model(*model.views(images, groups))
+                model.zero_grad()
+                out["loss"].backward()
+                model.after_step([{key: value.detach() for key, value in out.items()}], 1.0)
+                results.append([out["loss"], out["chance"], out["accuracy"], model.encoder.conv1.weight.grad])
+            torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+    outs = {}
+    for decorrelation in ("zca", "iternorm", None):
+        for regions in (20, 0):
+            model = method(decorrelation=decorrelation, regions=regions)
+            torch.manual_seed(1)
+            out = model(*model.views(images))
+            total = out["global"] + (0.5 * out["local"] if regions else 0)
+            torch.testing.assert_close(out["loss"], total, rtol=0, atol=0)
+            chance = math.log(25) + (0.5 * math.log(20) if regions else 0)
+            assert out["chance"].item() == pytest.approx(chance, abs=1e-5) and ("local" in out) == bool(regions)
+            outs[decorrelation, regions] = out
+    for decorrelation in ("zca", "iternorm"):
+        assert outs[decorrelation, 20]["global"] != outs[None, 20]["global"]
+        assert outs[decorrelation, 20]["local"] == outs[None, 20]["local"]
+    assert method().encoder.state_dict().keys() == tiny_encoder().state_dict().keys()   # what is exported stays plain
+
+
+def test_keys_are_whitened_in_their_chunk():
+    """A disturbed image changes, through whitening, the keys of its own chunk only. Embeddings have length one."""
+    model, x, order = method(bn_chunks=2).eval(), batch(17), torch.randperm(17)         # eval: no BatchNorm statistics
+    points = matched_regions(*[torch.eye(2, 3).repeat(17, 1, 1)] * 2, 20)[0]
+    chunks = medmoco.split_order(order, 2)
+    disturbed = x.clone()
+    disturbed[chunks[0][:1]] = x[chunks[0][:1]].flip(3)
+    nets = model.encoder, model.projector, model.local_projector
+    for rows in (*model.embed_keys(x, points, order, 16), *model.embed(*nets, x, points, 16)):
+        torch.testing.assert_close(rows.norm(dim=-1), torch.ones(rows.shape[:-1]))
+    before, after = model.embed_keys(x, points, order, 16), model.embed_keys(disturbed, points, order, 16)
+    moved = (before[0] - after[0]).abs().amax(1) > 1e-6
+    assert moved[chunks[0]].all() and not moved[chunks[1]].any()
+    moved = (before[1] - after[1]).abs().amax((1, 2)) > 1e-6
+    assert moved.nonzero().flatten().tolist() == [chunks[0][0]]                         # regions are not whitened
+
+
+def test_slow_networks_follow():
+    model = method(momentum=0.9)
+    pairs = [(model.key_encoder, model.encoder), (model.key_projector, model.projector),
+             (model.key_local_projector, model.local_projector)]
+    with torch.no_grad():
+        for _, fast in pairs:
+            for parameter in fast.parameters():
+                parameter.add_(torch.rand_like(parameter) + 0.1)
+    expected = [[0.9 * old + 0.1 * new for old, new in zip(s.parameters(), f.parameters())] for s, f in pairs]
+    model.after_step([], 1.0)
+    for (slow, _), values in zip(pairs, expected):
+        for parameter, value in zip(slow.parameters(), values):
+            torch.testing.assert_close(parameter.data, value.data)
+            assert not parameter.requires_grad

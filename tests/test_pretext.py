@@ -1,0 +1,341 @@
+"""Relative, Jigsaw, Rubik and Together: labels tell what was done to the image, and undoing it restores the image."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from medssl.jigsaw import Jigsaw, cut, permutation_set, shuffle, unshuffle
+from medssl.moco import MoCo
+from medssl.relative import Relative, neighbour
+from medssl.rotation import Rotation, rotate
+from medssl.rubik import Rubik, turn_over
+from medssl.simclr import SimCLR
+from medssl.spark import SparK
+from medssl.together import Together
+from tests.common import Flip, batch, tiny_encoder
+
+
+def plain(images):
+    return images
+
+
+def ramp(count, size):
+    """Every pixel holds its own row and column (count, 2, size, size)."""
+    line = torch.arange(float(size))
+    return torch.stack(torch.meshgrid(line, line, indexing="ij")).repeat(count, 1, 1, 1)
+
+
+def paste(tiles, grid):
+    """Tiles (B, T, C, h, w) side by side: (B, C, grid h, grid w)."""
+    return torch.cat([torch.cat(list(tiles[:, row * grid:(row + 1) * grid].unbind(1)), 3) for row in range(grid)], 2)
+
+
+def assert_uniform(labels, classes):
+    """Every class occurs, and chi-square is at most five standard deviations above its mean."""
+    counts = torch.bincount(labels.flatten(), minlength=classes).double()
+    expected = counts.sum() / classes
+    chi = ((counts - expected) ** 2 / expected).sum().item()
+    assert len(counts) == classes and counts.min() > 0
+    assert chi < classes - 1 + 5 * math.sqrt(2 * (classes - 1))
+
+
+# ---- labels ----------------------------------------------------------------------------------------------------------
+
+def test_undoing_the_label_restores_the_image():
+    torch.manual_seed(0)
+    images = torch.rand(16, 2, 18, 18)
+    turned, turns = Rotation(tiny_encoder(), plain).views(images)
+    assert torch.equal(rotate(turned, -turns), images) and not torch.equal(turned, images)
+
+    centre, other, position = Relative(tiny_encoder(), plain, gap=0, jitter=0).views(images)
+    row, column = (position + (position > 3)) // 3 * 6, (position + (position > 3)) % 3 * 6
+    for i in range(16):
+        assert torch.equal(centre[i], images[i, :, 6:12, 6:12])
+        assert torch.equal(other[i], images[i, :, row[i]:row[i] + 6, column[i]:column[i] + 6])
+
+    for grid in (2, 3):
+        jigsaw = Jigsaw(tiny_encoder(), plain, grid=grid, gap=0, jitter=0)
+        tiles, which = jigsaw.views(images)
+        assert torch.equal(paste(unshuffle(tiles, jigsaw.orders[which]), grid), images)
+        assert not torch.equal(paste(tiles, grid), images)
+
+    rubik = Rubik(tiny_encoder(), plain, gap=0, jitter=0)
+    tiles, which, turning = rubik.views(images)
+    assert torch.equal(paste(unshuffle(turn_over(tiles, turning), rubik.orders[which]), 3), images)
+    assert not torch.equal(paste(unshuffle(tiles, rubik.orders[which]), 3), images)
+
+
+def test_shuffle_puts_tile_order_t_at_place_t():
+    tiles = torch.arange(4.0).view(1, 4, 1, 1, 1).repeat(2, 1, 1, 1, 1)
+    order = torch.tensor([[2, 0, 3, 1], [1, 2, 3, 0]])
+    assert torch.equal(shuffle(tiles, order).flatten(1).long(), order)
+
+
+def test_turning_1_is_left_right_and_2_is_up_down():
+    tile = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).expand(1, 3, 1, 2, 2)
+    _, across, down = turn_over(tile, torch.tensor([[0, 1, 2]]))[0, :, 0]
+    assert across.tolist() == [[2, 1], [4, 3]] and down.tolist() == [[3, 4], [1, 2]]
+
+
+def test_labels_are_uniform():
+    torch.manual_seed(0)
+    images = torch.zeros(4000, 1, 9, 9)
+    assert_uniform(Rotation(tiny_encoder(), plain).views(images)[1], 4)
+    assert_uniform(Relative(tiny_encoder(), plain, gap=0, jitter=0).views(images)[2], 8)
+    assert_uniform(Jigsaw(tiny_encoder(), plain).views(images)[1], 100)
+    _, which, turning, masked = Rubik(tiny_encoder(), plain, mask=True).views(images)
+    assert_uniform(which, 100)
+    assert_uniform(turning, 3)
+    assert_uniform(masked, 2)
+
+
+def test_mask_label_tells_which_tiles_lost_half_their_pixels():
+    torch.manual_seed(0)
+    tiles, _, _, masked = Rubik(tiny_encoder(), plain, mask=True).views(torch.full((20, 3, 60, 60), 0.7))
+    share = (tiles > 0).float().mean((2, 3, 4))                             # (B, T) of pixels that are left
+    assert (share[masked == 0] == 1).all()
+    assert 0.3 < share[masked == 1].min() and share[masked == 1].max() < 0.7
+    assert torch.equal(tiles > 0, (tiles[:, :, :1] > 0).expand_as(tiles))   # a pixel goes in all its channels
+
+
+# ---- permutations ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("tiles, mean", [(8, 7.0), (9, 8.0)])
+def test_permutations_are_far_apart(tiles, mean):
+    orders = permutation_set(tiles, 100, seed=0)
+    assert orders.shape == (100, tiles) and (orders.sort(1)[0] == torch.arange(tiles)).all()
+    distance = (orders[:, None] != orders).sum(2)[~torch.eye(100, dtype=torch.bool)]
+    assert distance.min() >= 5 and distance.double().mean() >= mean
+    assert torch.equal(orders, permutation_set(tiles, 100, seed=0))
+    assert not torch.equal(orders, permutation_set(tiles, 100, seed=1))
+
+
+def test_there_are_no_more_permutations_than_the_factorial():
+    orders = permutation_set(4, 100, seed=0)
+    assert len(orders) == len(orders.unique(dim=0)) == 24
+    jigsaw = Jigsaw(tiny_encoder(), plain, grid=2)
+    out = jigsaw(*jigsaw.views(batch(4)))
+    assert jigsaw.head[-1].out_features == 24 and out["chance"] == math.log(24)
+
+
+def test_greedy_choice_equals_a_naive_one():
+    chosen, rest = [], sorted(permutation_set(4, 24, seed=0).tolist())
+    chosen.append(rest.pop(0))
+    while len(chosen) < 12:
+        def key(order):
+            distances = [sum(a != b for a, b in zip(order, other)) for other in chosen]
+            return min(distances), sum(distances)
+        best = max(rest, key=key)                                           # the first of the best, as in argmax
+        chosen.append(best)
+        rest.remove(best)
+    assert permutation_set(4, 12, seed=0).tolist() == chosen
+
+
+# ---- gap and jitter --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("size, gap, jitter", [(96, 0.2, 0.1), (64, 0.025, 0.025), (47, 0.15, 0.0), (60, 0.0, 0.1)])
+def test_neighbouring_tiles_keep_the_gap(size, gap, jitter):
+    torch.manual_seed(0)
+    tiles = cut(ramp(300, size), torch.arange(9).expand(300, -1), 3, gap, jitter).unflatten(1, (3, 3))
+    # tiles (B, 3, 3, 2, h, w)
+    rows = tiles[:, 1:, :, 0, 0, 0] - tiles[:, :-1, :, 0, -1, 0]        # from the last row of a tile to the first below
+    columns = tiles[:, :, 1:, 1, 0, 0] - tiles[:, :, :-1, 1, 0, -1]
+    between = torch.cat([rows, columns.transpose(1, 2)]) - 1                # pixels left out in between
+    cell = size // 3
+    space, play = math.ceil(gap * cell), math.ceil(jitter * cell)
+    assert tiles.shape[-2:] == (cell - space - play,) * 2
+    assert between.min() == space and between.max() == space + 2 * play     # all of the jitter is used, none of the gap
+    assert (tiles[..., 1:, :] - tiles[..., :-1, :])[:, :, :, 0].eq(1).all()           # rows of a tile follow each other
+    assert tiles.min() >= 0 and tiles.max() < size
+
+
+def test_relative_leaves_the_gap_and_moves_the_patches():
+    torch.manual_seed(0)
+    position = torch.arange(8).repeat(50)
+    centre, other = neighbour(ramp(400, 60), position, gap=0.2, jitter=0.1)         # cells of 20: 4 and 2 pixels
+    apart = (other[:, :, 0, 0] - centre[:, :, 0, 0]).abs() - centre.shape[2]        # (B, 2) pixels in between
+    assert apart.amax(1).min() == 4 and apart.amax(1).max() == 8
+    assert len(centre[:, :, 0, 0].unique(dim=0)) == 9       # 3 x 3 places
+
+
+def test_too_much_gap_is_refused_in_words():
+    with pytest.raises(ValueError, match="gap=0.6 and jitter=0.5"):
+        Relative(tiny_encoder(), plain, gap=0.6, jitter=0.5).views(batch(2))
+    with pytest.raises(ValueError, match="jitter=-0.1"):
+        Jigsaw(tiny_encoder(), plain, jitter=-0.1).views(batch(2))
+
+
+# ---- losses and heads ------------------------------------------------------------------------------------------------
+
+def linear_widths(head):
+    return [layer.out_features for layer in head if isinstance(layer, torch.nn.Linear)]
+
+
+def test_head_depths_are_the_study_s():
+    shallow, deep = Rubik(tiny_encoder(), plain), Rubik(tiny_encoder(), plain, mask=True, deep_heads=True)
+    assert linear_widths(shallow.order_head) == [1024, 1024, 100]
+    assert [linear_widths(head) for head in shallow.tile_heads.values()] == [[1024, 9]] * 2
+    assert [linear_widths(head) for head in deep.tile_heads.values()] == [[1024, 1024, 9]] * 3
+    assert linear_widths(Relative(tiny_encoder(), plain).head) == [1024, 8]
+    assert linear_widths(Jigsaw(tiny_encoder(), plain).head) == [1024, 1024, 100]
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_rubik_losses_and_answers(mask):
+    """Heads that answer everything rightly have no loss; heads that say the base rates have the loss called chance."""
+    torch.manual_seed(0)
+    rubik = Rubik(tiny_encoder(), plain, mask=mask).eval()
+    views = rubik.views(torch.rand(400, 1, 9, 9))
+    which, turning = views[1:3]
+    terms = ["order", "horizontal", "vertical"] + ["mask"] * mask
+    out = rubik(*views)
+    assert torch.isclose(out["loss"], sum(out[term] for term in terms) * (1 if mask else 0.5))
+
+    answers = {"horizontal": turning == 1, "vertical": turning == 2, "mask": views[-1]}
+    right = torch.nn.functional.one_hot(which, 100) * 100.0
+    rubik.order_head.forward = lambda z: right
+    for name in rubik.tile_heads:
+        rubik.tile_heads[name].forward = lambda z, a=answers[name]: a * 200.0 - 100
+    out = rubik(*views)
+    assert out["loss"] < 1e-6 and all(out[f"{term}_accuracy"] == 1 for term in terms)
+
+    rubik.order_head.forward = lambda z: torch.zeros(400, 100)
+    for name in rubik.tile_heads:
+        rate = 0.5 if name == "mask" else 1 / 3
+        rubik.tile_heads[name].forward = lambda z, r=rate: torch.full((400, 9), math.log(r / (1 - r)))
+    out = rubik(*views)
+    assert out["loss"].item() == pytest.approx(out["chance"], abs=0.02)
+
+
+@pytest.mark.parametrize("method", [Relative, Jigsaw, Rubik])
+def test_the_loss_looks_at_every_tile(method):
+    torch.manual_seed(0)
+    model = method(tiny_encoder(), plain).eval()
+    views = model.views(batch(4))
+    before = model(*views)["loss"]
+    pictures = torch.stack(views[:2], 1) if method is Relative else views[0]                           # (B, T, C, h, w)
+    for place in range(pictures.shape[1]):
+        other = pictures.clone()
+        other[:, place] = 0.5
+        other = other.unbind(1) if method is Relative else (other,)
+        assert not torch.equal(model(*other, *views[len(other):])["loss"], before)
+
+
+# ---- together --------------------------------------------------------------------------------------------------------
+
+def together(weights=None):
+    torch.manual_seed(0)
+    encoder = tiny_encoder()
+    parts = {"rotation": Rotation(encoder, plain), "simclr": SimCLR(encoder, Flip())}
+    return Together(encoder, plain, parts, weights)
+
+
+def test_together_is_the_sum_of_its_parts():
+    both = together({"simclr": 0.25})
+    images = batch(6)
+    torch.manual_seed(1)
+    views = both.views(images)
+    out = both(*views)
+    torch.manual_seed(1)
+    rotation, simclr = (part(*part.views(images)) for part in both.parts.values())
+    assert torch.equal(out["loss"], rotation["loss"] + 0.25 * simclr["loss"])
+    assert out["chance"] == math.log(4) + 0.25 * math.log(11)
+    assert torch.equal(out["rotation.accuracy"], rotation["accuracy"])
+    assert torch.equal(out["embedding"], simclr["embedding"]) and "restored" not in out
+
+    out["loss"].backward()
+    gradient = both.encoder.conv1.weight.grad.clone()
+    both.zero_grad()
+    (rotation["loss"] + 0.25 * simclr["loss"]).backward()
+    assert torch.allclose(gradient, both.encoder.conv1.weight.grad, rtol=1e-4, atol=1e-7)
+
+
+class Teller(torch.nn.Module):
+    """A part that wants patients and labels, has no chance level, and notes what reaches its after_step."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder, self.heard = encoder, None
+
+    def views(self, images, groups, labels):
+        return images, groups, labels
+
+    def forward(self, images, groups, labels):
+        return {"loss": self.encoder(images).mean(), "groups": groups, "labels": labels, "restored": images}
+
+    def after_step(self, outs, progress):
+        self.heard = outs, progress
+
+
+def test_parts_get_their_targets_and_their_own_outputs():
+    torch.manual_seed(0)
+    encoder = tiny_encoder()
+    teller = Teller(encoder)
+    both = Together(encoder, plain, {"rotation": Rotation(encoder, plain), "teller": teller})
+    labels, groups = torch.arange(4), torch.arange(4) + 10
+    outs = [both(*both.views(batch(4, seed=seed), labels=labels, groups=groups)) for seed in (0, 1)]
+    assert "chance" not in outs[0] and torch.equal(outs[0]["restored"], batch(4))
+    both.after_step(outs, 0.5)
+    heard, progress = teller.heard
+    assert progress == 0.5 and len(heard) == 2 and set(heard[0]) == {"loss", "groups", "labels", "restored"}
+    assert torch.equal(heard[0]["groups"], groups) and torch.equal(heard[0]["labels"], labels)
+    assert torch.equal(heard[1]["restored"], batch(4, seed=1)) and heard[1]["loss"] is outs[1]["teller.loss"]
+
+
+def test_a_queue_and_an_average_move_as_they_do_alone():
+    torch.manual_seed(0)
+    encoder = tiny_encoder()
+    part = MoCo(encoder, Flip(), queue_size=32)
+    both = Together(encoder, plain, {"moco": part, "rotation": Rotation(encoder, plain)})
+    for p in encoder.parameters():
+        p.data.add_(0.01)                                                  # so that the average has something to follow
+    alone, start = copy.deepcopy(part), copy.deepcopy(part.state_dict())
+    views = both.views(batch(8))
+    both.after_step([both(*views)], 0.5)
+    alone.after_step([alone(*views[0])], 0.5)
+    state = {name: value for name, value in part.state_dict().items() if not name.startswith("encoder.")}
+    assert all(torch.equal(value, alone.state_dict()[name]) for name, value in state.items())
+    assert sum(not torch.equal(value, start[name]) for name, value in state.items()) > 10
+
+
+@pytest.mark.parametrize("names", [("rotation", "spark"), ("spark", "rotation")])
+def test_spark_leaves_the_other_parts_alone(names):
+    torch.manual_seed(0)
+    encoder = tiny_encoder()
+    rotation = Rotation(encoder, plain)
+    views = rotation.views(batch(6))
+    alone = rotation(*views)["loss"]
+    parts = {"rotation": rotation, "spark": SparK(encoder, plain, width=32)}
+    both = Together(encoder, plain, {name: parts[name] for name in names})
+    other = both.parts["spark"].views(batch(6))
+    out = both(*[views if name == "rotation" else other for name in names])
+    assert torch.equal(out["rotation.loss"], alone)                         # nothing is hidden from rotation
+    assert torch.equal(out["restored"], out["spark.restored"])
+    out["loss"].backward()                                                  # both went through the same BatchNorm layers
+
+
+def test_together_has_one_encoder_and_loads_its_own_state():
+    both, other = together(), together()
+    names = [name for name, _ in both.named_parameters()]
+    assert len(names) == len(set(names)) and sum("layer1.0.conv1" in name for name in names) == 1
+    with torch.no_grad():
+        for p in both.parameters():
+            p.add_(torch.randn_like(p))
+    other.load_state_dict(both.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(both.state_dict().values(), other.state_dict().values()))
+    assert all(part.encoder is other.encoder for part in other.parts.values())
+
+
+def test_together_refuses_what_does_not_add_up():
+    encoder = tiny_encoder()
+    rotation = Rotation(encoder, plain)
+    with pytest.raises(ValueError, match="twice: Rotation"):
+        Together(encoder, plain, {"a": rotation, "b": Rotation(encoder, plain)})
+    with pytest.raises(ValueError, match="simclr: built on another encoder"):
+        Together(encoder, plain, {"rotation": rotation, "simclr": SimCLR(tiny_encoder(), plain)})
+    with pytest.raises(ValueError, match="weights for swav"):
+        Together(encoder, plain, {"rotation": rotation}, {"swav": 2.0})
+    with pytest.raises(ValueError, match="no parts"):
+        Together(encoder, plain, {})

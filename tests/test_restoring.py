@@ -1,0 +1,347 @@
+"""Autoencoder, Genesis, PCRL and the U-Net decoder: what is distorted, what is left alone, and where gradients go."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from medssl import genesis, pcrl
+from medssl.autoencoder import Autoencoder
+from medssl.common import augment, unet
+from medssl.genesis import (Genesis, bezier_map, boxes, curve_map, in_paint, local_shuffle, out_paint, random_bands,
+                            shuffle_blocks)
+from medssl.pcrl import PCRL, transform, undo
+from tests.common import batch, tiny_encoder
+
+
+def plain(images):
+    return images
+
+
+def ramp(count, size):
+    """Every pixel holds its own row and column (count, 2, size, size)."""
+    line = torch.arange(float(size))
+    return torch.stack(torch.meshgrid(line, line, indexing="ij")).repeat(count, 1, 1, 1)
+
+
+def differs(a, b):
+    """Which images of a and b (B, ...) are not the same: (B,) bool."""
+    return (a != b).flatten(1).any(1)
+
+
+def assert_share(hits, share):
+    """The share of True among hits (N,) is this, within five standard deviations."""
+    assert abs(hits.float().mean().item() - share) <= 5 * math.sqrt(share * (1 - share) / len(hits))
+
+
+# ---- Genesis ---------------------------------------------------------------------------------------------------------
+
+def test_genesis_leaves_the_target_alone_but_for_flips():
+    torch.manual_seed(0)
+    images = torch.rand(12, 2, 40, 40)
+    original = images.clone()
+    distorted, target = Genesis(None, augment.build("flips", 40), None).views(images)
+    assert torch.equal(images, original)
+    flips = torch.stack([images.flip(dims) for dims in ((), (2,), (3,), (2, 3))])
+    which = ((target - flips).abs().amax((2, 3, 4)) < 1e-4).int()           # (4, 12)
+    assert (which.sum(0) == 1).all() and (which.sum(1) > 0).all()
+    assert distorted.shape == target.shape and distorted.min() >= 0 and distorted.max() <= 1
+
+    nothing = Genesis(None, plain, None, shuffle=0, intensity=0, paint=0)
+    assert all(torch.equal(view, images) for view in nothing.views(images))
+
+
+def test_genesis_distorts_as_often_as_published():
+    torch.manual_seed(1)
+    images = torch.rand(800, 1, 20, 20) * 0.9 + 0.05
+    changed = {}
+    for word in ("shuffle", "intensity", "paint"):
+        others = dict.fromkeys({"shuffle", "intensity", "paint"} - {word}, 0)
+        distorted, target = Genesis(None, plain, None, **others).views(images)
+        assert torch.equal(target, images)
+        changed[word] = differs(distorted, target)
+    assert_share(changed["shuffle"], 0.5)
+    assert_share(changed["intensity"], 0.9)
+    assert_share(changed["paint"], 0.9 * (0.8 + 0.2 * 0.95))                # in-painting may draw no box
+    assert_share(distorted[:, 0, 0, 0] != target[:, 0, 0, 0], 0.9 * 0.8)    # only out-painting reaches the corner
+
+
+def test_genesis_loss_and_what_it_is_compared_with():
+    method = Genesis(tiny_encoder(), plain, unet.Decoder([8, 16, 32, 64], [4, 8, 16, 32], 1)).eval()
+    distorted, target = batch(3), batch(3, seed=1)
+    out = method(distorted, target)
+    raw = method.decoder(method.encoder.features(distorted))
+    assert torch.allclose(out["restored"], raw.sigmoid()) and not out["restored"].requires_grad
+    assert torch.allclose(out["loss"], (raw.sigmoid() - target).square().mean())
+    assert torch.allclose(out["identity"], (distorted - target).square().mean())
+    even = torch.stack([torch.full_like(x, float(x.mean())) for x in target])
+    assert torch.allclose(out["chance"], (even - target).square().mean())
+
+
+def test_curves_equal_those_evaluated_by_hand():
+    x = torch.linspace(0, 1, 501, dtype=torch.float64).view(1, 1, 1, -1).expand(4, -1, -1, -1)
+    thirds = torch.tensor([1 / 3, 2 / 3], dtype=torch.float64)              # with these x, the curve's x is t itself
+    heights = torch.tensor([[1 / 3, 2 / 3], [0, 0], [1, 1], [0, 0]], dtype=torch.float64)
+    controls = torch.stack([thirds.expand(4, 2), heights], 2)               # (4, 2 points, x and y)
+    y = curve_map(x, controls, torch.tensor([False, False, False, True]))
+    line = x[0]
+    expected = torch.stack([line, line ** 3, 1 - (1 - line) ** 3, (1 - line) ** 3])
+    assert (y - expected).abs().max() < 1e-5
+
+
+def test_any_curve_equals_a_plain_loop():
+    torch.manual_seed(2)
+    controls, falling = torch.rand(40, 2, 2, dtype=torch.float64), torch.arange(40) % 2 == 0
+    controls[:4] = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)          # the most bent there is
+    x = torch.linspace(0, 1, 1000, dtype=torch.float64).view(1, 1, 20, 50).repeat(40, 1, 1, 1)
+    ours = curve_map(x, controls, falling)
+    t = np.linspace(1, 0, 1000)                                             # from the far end, as published
+    for (p1, p2), down, y, v in zip(controls.numpy(), falling, ours, x):
+        cx, cy = (3 * t * (1 - t) ** 2 * p1[i] + 3 * t ** 2 * (1 - t) * p2[i] + t ** 3 for i in (0, 1))
+        expected = np.interp(v.flatten().numpy(), np.sort(cx), cy if down else np.sort(cy))
+        assert np.abs(y.flatten().numpy() - expected).max() < 1e-6
+
+
+def test_half_of_the_curves_fall_and_each_image_has_its_own():
+    torch.manual_seed(3)
+    line = torch.linspace(0, 1, 64).view(1, 1, 8, 8).repeat(600, 3, 1, 1)
+    y = bezier_map(line)
+    flat = y[:, 0].flatten(1)                                               # (600, 64)
+    falls = flat[:, 0] > flat[:, -1]
+    assert_share(falls, 0.5)
+    assert flat[:, [0, -1]].sort(1).values.equal(torch.tensor([0.0, 1.0]).repeat(600, 1))
+    assert (flat[~falls].diff(dim=1) >= 0).all()
+    assert torch.equal(y[:, 0], y[:, 1]) and len(flat.unique(dim=0)) == 600
+
+
+def test_shuffling_moves_pixels_within_blocks_only():
+    torch.manual_seed(4)
+    block = torch.arange(20).view(4, 5).repeat_interleave(3, 0).repeat_interleave(4, 1)     # (12, 20)  blocks of 3 x 4
+    block = torch.stack([block, block.flip(1) * 7])
+    images = torch.rand(2, 3, 12, 20)
+    moved = shuffle_blocks(images, block)
+    for before, after, blocks in zip(images, moved, block):
+        for number in blocks.unique():
+            inside = blocks == number
+            a, b = before[:, inside], after[:, inside]                      # (3, pixels)
+            order = (a[0][None] == b[0][:, None]).int().argmax(1)
+            assert torch.equal(a[:, order], b) and not torch.equal(a, b)    # all channels alike
+            assert order.sort().values.equal(torch.arange(len(order)))
+
+    pairs = shuffle_blocks(torch.tensor([0.0, 1.0]).expand(2000, 1, 1, 2).contiguous(), torch.zeros(2000, 1, 2).long())
+    assert_share(pairs[:, 0, 0, 0] == 1, 0.5)
+
+
+def test_local_shuffle_moves_pixels_as_far_as_the_published_loop():
+    """The last block over a pixel has width w with frequency w / (1 + ... + S); the value is from anywhere in it."""
+    torch.manual_seed(5)
+    images = ramp(300, 60)
+    moved = local_shuffle(images)
+    assert torch.equal(moved.flatten(2).sum(1).sort(1).values, images.flatten(2).sum(1).sort(1).values)
+    assert differs(moved[1:], moved[:-1]).all()
+    largest = 6
+    widths = torch.arange(1, largest + 1)
+    for axis in (0, 1):
+        shift = (moved - images)[:, axis, 10:-10, 10:-10].abs()
+        for k in range(largest):
+            each = (1 if k == 0 else 2) * (widths - k).clamp(min=0) / widths ** 2
+            expected = (each * widths / widths.sum()).sum().item()
+            assert abs((shift == k).float().mean().item() - expected) < 0.015
+        assert shift.max() == largest - 1
+
+
+def test_bands_are_as_wide_as_stated():
+    torch.manual_seed(6)
+    bands = random_bands(torch.empty(500, 1, 40, 8), 2)                     # (500, 40)
+    assert bands.shape == (500, 40) and (bands.diff(dim=1) >= 0).all() and (bands.diff(dim=1) <= 1).all()
+    inner = torch.cat([torch.unique_consecutive(row, return_counts=True)[1][1:-1] for row in bands])
+    counts = torch.bincount(inner, minlength=5).float()
+    assert len(counts) == 5 and counts[0] == 0 and (counts[1:] / counts.sum() - 0.25).abs().max() < 0.03
+    assert random_bands(torch.empty(2, 1, 8, 8), 2).diff(dim=1).eq(1).all()             # too small: nothing to shuffle
+
+
+@pytest.mark.parametrize("paint,low,high", [(in_paint, 1 / 6, 1 / 3), (out_paint, 3 / 7, 4 / 7)])
+def test_paint_is_noise_in_boxes_of_the_stated_sizes(paint, low, high):
+    torch.manual_seed(7)
+    images = torch.full((1500, 2, 42, 42), 5.0)
+    painted = paint(images)
+    noise = painted != 5
+    assert (images == 5).all() and torch.equal(noise[:, 0], noise[:, 1])    # the same boxes in every channel
+    values = painted[noise]
+    assert values.min() >= 0 and values.max() <= 1
+    assert abs(values.mean() - 0.5) < 0.01 and abs(values.var() - 1 / 12) < 0.01
+    assert not torch.equal(painted[:, 0], painted[:, 1]) and differs(noise[1:], noise[:-1]).float().mean() > 0.99
+    inside = (noise if paint is in_paint else ~noise)[:, 0]                 # (1500, 42, 42)  the boxes
+    assert inside[:, 2:-2, 2:-2].sum() == inside.sum() and inside[:, 2].any() and inside[:, -3].any()
+    assert_share(inside.flatten(1).any(1), 0.95 if paint is in_paint else 1)
+
+    rows, columns = inside.any(2).sum(1), inside.any(1).sum(1)              # (1500,)
+    single = (inside.sum((1, 2)) == rows * columns) & (rows > 0) & (rows * columns <= (high * 42) ** 2 + 1)
+    sides = torch.cat([rows[single], columns[single]])                      # of one box, rarely of two side by side
+    assert sides.min() == round(low * 42) and (sides > round(high * 42)).float().mean() < 0.03
+    assert set(range(round(low * 42), round(high * 42) + 1)) <= set(sides.tolist())
+
+
+def test_up_to_five_boxes():
+    """Thin boxes hardly ever overlap: their number can be read from the area."""
+    torch.manual_seed(8)
+    images = torch.empty(1000, 1, 200, 40)
+    for sure in (0, 1):
+        expected = [0.0] * sure + [0.05 * 0.95 ** i for i in range(5 - sure)] + [0.95 ** (5 - sure)]
+        area = boxes(images, 1 / 40, 1 / 40, sure).sum((1, 2, 3)) / 5       # sides 5 and 1
+        share = torch.bincount(area.round().long(), minlength=6) / 1000
+        assert len(share) == 6 and (share - torch.tensor(expected)).abs().max() < 0.05
+
+
+# ---- the decoder, and the autoencoder --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("stem,size", [("default", 64), ("default", 56), ("default", 60), ("default", 33),
+                                       ("nopool", 50), ("small", 30)])
+@pytest.mark.parametrize("skips", [True, False])
+def test_decoder_sizes(stem, size, skips):
+    encoder = tiny_encoder(2, stem)
+    decoder = unet.Decoder(encoder.widths, encoder.strides, 2, skips=skips)
+    full = math.ceil(size / encoder.strides[0]) * encoder.strides[0]
+    images = batch(2, 2, 64)[..., :size, :size]
+    assert decoder(encoder.features(images)).shape == (2, 2, full, full)
+    assert Autoencoder(encoder, plain, decoder)(images)["restored"].shape == images.shape
+
+
+def test_skip_connections_carry_the_fine_maps_and_can_be_left_out():
+    encoder = tiny_encoder()
+    maps = [m.detach().requires_grad_() for m in encoder.features(batch(2))]
+    for skips in (True, False):
+        decoder = unet.Decoder(encoder.widths, encoder.strides, 1, skips=skips)
+        out = decoder(maps)
+        grads = torch.autograd.grad(out.square().sum(), maps, allow_unused=True)
+        used = [g is not None and bool(g.abs().max() > 0) for g in grads]
+        assert used == [skips, skips, skips, True]
+        other = decoder([torch.randn_like(m) for m in maps[:-1]] + [maps[-1]])
+        assert torch.equal(out, other) != skips
+
+
+def test_autoencoder_restores_its_own_input():
+    method = Autoencoder(tiny_encoder(), augment.build("flips", 64), unet.Decoder([8, 16, 32, 64], [4, 8, 16, 32], 1)).eval()
+    x, = method.views(batch(4))
+    out = method(x)
+    assert torch.allclose(out["loss"], (out["restored"] - x).square().mean())
+    assert {name.split(".")[0] for name in method.state_dict()} == {"encoder", "decoder"}
+
+
+# ---- PCRL ------------------------------------------------------------------------------------------------------------
+
+def pcrl_method(augment=plain, **words):
+    torch.manual_seed(0)
+    encoder = tiny_encoder()
+    decoder = unet.Decoder(encoder.widths, encoder.strides, 1)
+    return PCRL(encoder, augment, decoder, **{"hidden": 32, "dim": 16, "queue_size": 20, **words})
+
+
+def codes():
+    """All sixteen control vectors (16, 6)."""
+    number = torch.arange(16)
+    return torch.cat([number[:, None] // torch.tensor([1, 2]) % 2, F.one_hot(number // 4, 4)], 1).float()
+
+
+def test_control_vectors_say_what_was_done_and_can_be_undone():
+    torch.manual_seed(0)
+    images, code = torch.rand(16, 2, 9, 9), codes()
+    moved = transform(images, code)
+    assert torch.equal(undo(moved, code), images)
+    for image, result, bits in zip(images, moved, code.int().tolist()):
+        expected = image.flip([dim for dim, bit in ((2, bits[0]), (1, bits[1])) if bit])
+        assert torch.equal(result, expected.rot90(bits[2:].index(1), (1, 2)))
+    same = torch.rand(1, 1, 9, 9).expand(16, -1, -1, -1)
+    assert len(transform(same, code).flatten(1).unique(dim=0)) == 8         # the symmetries of the square, each twice
+
+
+def test_pcrl_views():
+    torch.manual_seed(1)
+    images = torch.rand(1200, 1, 12, 12)
+    x1, x2, target1, target2, code, alpha, order = pcrl_method().views(images)
+    assert torch.equal(undo(target1, code), images) and torch.equal(undo(target2, code), images)
+    assert set(code.unique().tolist()) == {0.0, 1.0} and (code[:, 2:].sum(1) == 1).all()
+    for bit, share in enumerate((0.5, 0.5, 0.25, 0.25, 0.25, 0.25)):
+        assert_share(code[:, bit] > 0, share)
+    for x in (x1, x2):
+        assert_share(differs(x, images), 0.4 * (0.8 + 0.2 * 0.95))
+    assert alpha.min() >= 0.5 and alpha.max() <= 1 and abs(alpha.mean() - 0.75) < 0.03
+    assert order.sort().values.equal(torch.arange(1200))
+
+
+def test_pcrl_mixes_features_and_targets_with_one_weight():
+    method = pcrl_method().eval()
+    x1, x2, t1, t2 = (batch(4, seed=seed) for seed in range(4))
+    code, alpha = codes()[[1, 6, 11, 12]], torch.tensor([0.5, 0.7, 0.9, 1.0])
+    out = method(x1, x2, t1, t2, code, alpha, torch.tensor([2, 0, 3, 1]))
+    share = alpha.view(-1, 1, 1, 1)
+    new, old = method.encoder.features(x1), method.key_encoder.features(x2)
+    mixed = [share * a + (1 - share) * b for a, b in zip(new, old)]
+    gate = torch.sigmoid(method.control(code))[:, :, None, None]
+    targets = {"": t1, "_key": t2, "_mix": share * t1 + (1 - share) * t2}
+    for name, maps in (("", new), ("_key", old), ("_mix", mixed)):
+        restored = method.decoder(maps[:-1] + [maps[-1] * gate]).sigmoid()
+        assert torch.allclose(out["restoration" + name], (restored - targets[name]).square().mean(), atol=1e-6)
+    pooled = [maps[-1].mean((2, 3)) for maps in (new, old, mixed)]
+    q, k, m = (F.normalize(head(z), dim=1) for head, z in
+               zip((method.projector, method.key_projector, method.projector), pooled))
+    assert torch.allclose(out["keys"], k, atol=1e-6)                        # whatever the order they were encoded in
+    for name, key in (("contrast", k), ("contrast_mix", m)):
+        logits = torch.cat([(q * key).sum(1, keepdim=True), q @ method.queue.T], 1) / 0.2
+        assert torch.allclose(out[name], F.cross_entropy(logits, torch.zeros(4).long()), atol=1e-5)
+    restorations = sum(out["restoration" + name] for name in targets)
+    assert torch.allclose(out["loss"], (out["contrast"] + out["contrast_mix"]) / 2 + restorations / 3)
+    greys = sum(t.var((2, 3), correction=0).mean() for t in targets.values()) / 3
+    assert torch.allclose(out["chance"], math.log(21) + greys)
+    restored = method.decoder(new[:-1] + [new[-1] * gate]).sigmoid()
+    assert torch.allclose(transform(out["restored"], code), restored, atol=1e-6)
+
+
+def test_where_the_gradients_of_the_terms_go():
+    method = pcrl_method(augment.build("ct", 64))
+    views = method.views(batch(6))
+    reached = {"contrast": {"encoder", "projector"}, "contrast_mix": {"encoder", "projector"},
+               "restoration": {"encoder", "decoder", "control"}, "restoration_key": {"decoder", "control"},
+               "restoration_mix": {"encoder", "decoder", "control"}}
+    for term, expected in reached.items():
+        method.zero_grad()
+        method(*views)[term].backward()
+        grads = {name: p.grad for name, p in method.named_parameters() if p.grad is not None}
+        parts = {name.split(".")[0] for name, grad in grads.items() if grad.abs().max() > 0}
+        assert parts == expected, term
+
+
+def test_the_control_vector_has_an_effect():
+    method = pcrl_method()
+    x1, x2, t1, t2, code, alpha, order = method.views(batch(5))
+    one, other = (method(x1, x2, t1, t2, c, alpha, order) for c in (code, code.roll(1, 0)))
+    for term in ("restoration", "restoration_key", "restoration_mix"):
+        assert one[term] != other[term], term
+    assert torch.equal(one["contrast"], other["contrast"]) and torch.equal(one["contrast_mix"], other["contrast_mix"])
+
+
+def test_pcrl_queue_and_slow_copy():
+    method = pcrl_method(queue_size=10, momentum=0.9)
+    method.pointer.fill_(7)
+    before, queue = copy.deepcopy(method), method.queue.clone()
+    out = method(*method.views(batch(5)))
+    with torch.no_grad():
+        for p in (*method.encoder.parameters(), *method.projector.parameters()):
+            p.add_(1)
+    method.after_step([out], 0.5)
+    assert torch.equal(method.queue[[7, 8, 9, 0, 1]], out["keys"]) and torch.equal(method.queue[2:7], queue[2:7])
+    assert method.pointer == 2
+    for name in ("key_encoder", "key_projector"):
+        for new, old in zip(getattr(method, name).parameters(), getattr(before, name).parameters()):
+            assert torch.allclose(new, old + 0.1, atol=1e-5)
+
+
+def test_genesis_and_pcrl_paint_alike():
+    for function in ("in_paint", "out_paint"):
+        torch.manual_seed(9)
+        ours = getattr(genesis, function)(batch(4))
+        torch.manual_seed(9)
+        assert torch.equal(ours, getattr(pcrl, function)(batch(4)))

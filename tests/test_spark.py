@@ -1,0 +1,367 @@
+"""SparK against a naive reference (gather the visible sites, normalise, scatter back), and what its mask guarantees."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from medssl.spark import Mask, SparK, make_sparse, masked_patch_loss
+from tests.common import batch, tiny_encoder
+
+
+class Plain(nn.Module):
+    """A foreign network: biased convolutions, some without BatchNorm, average pooling, no `mean`."""
+    widths, strides = [6, 8], [2, 8]
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Sequential(nn.Conv2d(1, 6, 3, 2, 1), nn.BatchNorm2d(6, affine=False), nn.ReLU(inplace=True),
+                                 nn.Conv2d(6, 6, 3, 1, 1))
+        self.two = nn.Sequential(nn.MaxPool2d(3, 2, 1), nn.Conv2d(6, 8, 5, 1, 2), nn.BatchNorm2d(8, momentum=None),
+                                 nn.ReLU(), nn.AvgPool2d(2))
+
+    def features(self, x):
+        x = self.one(x)
+        return x, self.two(x)
+
+
+def some_encoder(kind, dtype=torch.float64):
+    """A network whose BatchNorm layers have all different weights and buffers, so that none can be mistaken."""
+    torch.manual_seed(0)
+    encoder = Plain() if kind == "plain" else tiny_encoder(stem=kind)
+    for layer in encoder.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            lows = {"weight": 0.5, "bias": -0.5, "running_mean": -0.5, "running_var": 0.5}
+            for name, low in lows.items():
+                if getattr(layer, name) is not None:
+                    nn.init.uniform_(getattr(layer, name), low, low + 1)
+    return encoder.to(dtype)
+
+
+def some_mask(encoder, count=3, size=64, ratio=0.6):
+    """active (B, 1, h, w), not with the same number of visible cells in each image: no layer may count on that."""
+    cells = size // encoder.strides[-1]
+    active = torch.rand(count, 1, cells, cells, generator=torch.Generator().manual_seed(1)) >= ratio
+    active[:, :, 0, 0], active[:, :, -1, -1] = True, ratio == 0
+    return active
+
+
+def pixels(active, x):
+    return F.interpolate(active.double(), x.shape[2:]) > 0                                      # (B, 1, H, W)
+
+
+def gather_and_scatter(encoder, active):
+    """The reference: a dense layer followed by a product, and BatchNorm1d on the rows of the visible sites."""
+    def batch_norm(rows_norm, x):
+        keep = pixels(active, x).squeeze(1)
+        out = torch.zeros_like(x).permute(0, 2, 3, 1).contiguous()                              # (B, H, W, C)
+        out[keep] = rows_norm(x.permute(0, 2, 3, 1)[keep]).to(out.dtype)
+        return out.permute(0, 3, 1, 2)
+
+    def masked(dense, x):
+        y = dense(x)
+        return y * pixels(active, y)
+
+    for layer in list(encoder.modules()):
+        if isinstance(layer, nn.BatchNorm2d):
+            rows_norm = nn.BatchNorm1d(layer.num_features, layer.eps, layer.momentum, layer.affine)
+            rows_norm.weight, rows_norm.bias = layer.weight, layer.bias
+            for name, buffer in layer.named_buffers():                      # shared, so that updates are seen in both
+                setattr(rows_norm, name, buffer)
+            rows_norm.train(layer.training)
+            layer.forward = partial(batch_norm, rows_norm)
+        elif isinstance(layer, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)):
+            layer.forward = partial(masked, layer.forward)
+    return encoder
+
+
+def sparse(encoder, active):
+    mask = Mask()
+    make_sparse(encoder, mask)
+    mask.active = active
+    return encoder
+
+
+def close(a, b, tolerance=1e-9):
+    assert a.shape == b.shape and (a - b).abs().max() <= tolerance * (1 + b.abs().max()), (a - b).abs().max()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", ["default", "nopool", "plain"])
+def test_equals_gathering_normalising_and_scattering(kind, training):
+    ours = some_encoder(kind).train(training)
+    naive = copy.deepcopy(ours)
+    active = some_mask(ours)
+    sparse(ours, active), gather_and_scatter(naive, active)
+    for seed in range(2):                                                   # twice: the second step meets moved buffers
+        results = []
+        for encoder in (ours, naive):
+            x = batch(3, seed=seed).double()
+            x = (x * pixels(active, x)).requires_grad_()
+            maps = encoder.features(x)
+            torch.manual_seed(seed)
+            sum((m * torch.randn(m.shape, dtype=m.dtype)).sum() for m in maps).backward()
+            results.append([*maps, x.grad, *(p.grad for p in encoder.parameters()), *encoder.buffers()])
+        assert len(results[0]) == len(results[1])
+        for a, b in zip(*results):
+            close(a, b)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_nothing_hidden_equals_the_dense_network(training):
+    ours = some_encoder("default").train(training)
+    dense = copy.deepcopy(ours)
+    sparse(ours, some_mask(ours, ratio=0.0))
+    for a, b in zip(ours.features(batch(3).double()), dense.features(batch(3).double())):
+        close(a, b)
+    for (name, a), b in zip(ours.named_buffers(), dense.buffers()):
+        close(a, b)
+    assert training == (dense.bn1.num_batches_tracked == 1)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", ["default", "small", "plain"])
+def test_hidden_pixels_are_without_influence_and_the_mask_keeps_its_shape(kind, training):
+    encoder = some_encoder(kind, torch.float32)
+    method = SparK(encoder, None, width=32).train(training)
+    x, active = batch(3), some_mask(encoder)
+    y = torch.where(pixels(active, x), x, torch.rand_like(x)).requires_grad_()
+    seen = []
+    features = encoder.features
+    encoder.features = lambda inputs: seen.append(features(inputs)) or seen[-1]
+    before = copy.deepcopy(method.state_dict())
+    method(x, active)
+    method.load_state_dict(before)                                          # the buffers have moved
+    method(y, active)
+    for a, b in zip(*seen):
+        assert torch.equal(a, b)
+        # BatchNorm's outputs may be negative, and ReLU's zero: a visible site is one where any channel is not zero
+        empty = (a == 0).all(1, keepdim=True)
+        assert empty[~pixels(active, a)].all()
+        assert kind == "default" or not empty[pixels(active, a)].all()
+    sum(m.sum() for m in seen[1]).backward()
+    assert torch.equal(y.grad[~pixels(active, x)], torch.zeros(()).expand_as(y.grad[~pixels(active, x)]))
+    assert y.grad[pixels(active, x)].abs().max() > 0
+
+
+def test_support_equals_the_mask_at_every_scale_and_vanishes_without():
+    encoder = some_encoder("default")
+    for layer in encoder.modules():
+        if isinstance(layer, nn.ReLU):
+            layer.forward = lambda x: x                                     # ReLU makes zeros of its own
+    active, x = some_mask(encoder, size=96), batch(3, size=96).double()
+    x, make_dense = x * pixels(active, x), copy.deepcopy(encoder)
+    for layer in make_dense.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.forward = lambda x: x                                     # else its shift alone would fill every site
+    shares = [(m.abs().amax(1) > 1e-12).double().mean() for m in make_dense.features(x)]
+    for m in sparse(encoder, active).features(x):
+        assert torch.equal(m.abs().amax(1, keepdim=True) > 1e-12, pixels(active, m))
+    visible = active.double().mean()
+    assert visible < shares[0] < shares[1] < shares[2] <= shares[3] == 1    # the mask vanishes with depth
+
+
+def test_batch_norm_by_hand():
+    layer, dense = nn.BatchNorm2d(2).double(), nn.BatchNorm2d(2).double()
+    active = torch.tensor([[[[True, False], [False, True]]]])
+    x = torch.randn(1, 2, 4, 4, dtype=torch.float64) * pixels(active, torch.empty(1, 1, 4, 4))
+    y = sparse(layer, active)(x)
+    dense(x)
+    rows = torch.cat([x[0, :, :2, :2].flatten(1), x[0, :, 2:, 2:].flatten(1)], 1)               # (C, 8)
+    close(layer.running_mean, 0.1 * rows.mean(1))
+    close(layer.running_var, 0.9 + 0.1 * rows.var(1))
+    biased = rows.var(1, correction=0, keepdim=True)
+    close(y[0, :, :2, :2].flatten(1), (rows[:, :4] - rows.mean(1, True)) / (biased + 1e-5).sqrt())
+    assert (layer.running_var - dense.running_var).abs().min() > 1e-3
+
+
+def test_hidden_sites_become_tokens_between_encoder_and_decoder():
+    encoder = some_encoder("default")
+    naive, method, seen = copy.deepcopy(encoder), SparK(encoder, None, width=32).double(), []
+    active, x = some_mask(encoder), batch(3).double()
+    for project in method.projections:
+        project.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
+    method(x, active)
+    maps = gather_and_scatter(naive, active).features(x * pixels(active, x))
+    for f, d, token, norm in zip(reversed(maps), seen, method.tokens, method.norms):
+        keep = pixels(active, f).squeeze(1)                                 # (B, H, W)
+        f, d = f.permute(0, 2, 3, 1), d.permute(0, 2, 3, 1)                 # (B, H, W, C)
+        close(d[keep], F.batch_norm(f[keep], None, None, training=True))
+        close(norm.running_var, 0.9 + 0.1 * f[keep].var(0))
+        assert torch.equal(d[~keep], token.expand_as(d[~keep])) and 0 < token.abs().max() <= 0.02
+
+
+def test_half_precision_statistics_are_taken_in_float32():
+    layer, active = nn.BatchNorm2d(1), torch.tensor([[[[True, False]]]])
+    x = (130 + torch.arange(64.0).view(1, 1, 4, 16)).bfloat16()             # exact in bfloat16, but their mean is not
+    y = sparse(layer, active)(x)
+    rows = x[:, :, :, :8].float()
+    assert y.dtype == torch.bfloat16
+    close(layer.running_mean, 0.1 * rows.mean().view(1), 1e-6)
+    close(y[:, :, :, :8].float(), (rows - rows.mean()) / rows.std(correction=0), 1e-2)
+
+
+def test_outside_of_its_own_forward_the_encoder_is_what_it_was():
+    encoder = some_encoder("default", torch.float32)
+    plain = copy.deepcopy(encoder)
+    method = SparK(encoder, None, width=32)
+    assert list(encoder.state_dict()) == list(plain.state_dict()) and str(encoder) == str(plain)
+    x, active = batch(3), some_mask(encoder)
+    method(x, active)
+    with pytest.raises(ValueError, match="does not divide"):
+        method(x[:, :, :63], active)                                        # an error must not leave the mask on
+    twin = copy.deepcopy(method)
+    assert twin.mask is not method.mask and twin.encoder.bn1.forward.args[0] is twin.encoder.bn1
+    plain.load_state_dict(encoder.state_dict())                             # a plain network takes the weights strictly
+    for network in (encoder, twin.encoder):
+        network.train()
+        mine = [network(x), *network.buffers()]
+        other = copy.deepcopy(plain)
+        assert all(torch.equal(a, b) for a, b in zip(mine, [other(x), *other.buffers()]))
+        assert torch.equal(network.eval()(x), other.eval()(x))
+    twin.mask.active = active                                               # a copy has a mask of its own
+    assert not torch.equal(twin.encoder(x), encoder(x)) and torch.equal(encoder(x), other(x))
+
+
+def test_keys_are_those_of_torchvision():
+    keys = SparK(tiny_encoder(), None, width=32).encoder.state_dict()
+    norm = [f"bn1.{name}" for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")]
+    assert list(keys)[:7] == ["conv1.weight", *norm, "layer1.0.conv1.weight"]
+    assert {"layer4.0.downsample.0.weight", "layer4.0.downsample.1.running_var", "layer4.0.bn2.weight"} < set(keys)
+
+
+def test_shapes_are_static_and_no_value_is_read_back():
+    """A compiled graph and a GPU's queue need the same operations with the same shapes, whatever the mask says."""
+    def trace(call):
+        with torch.autograd.profiler.profile(record_shapes=True) as recorded:
+            call()
+        return [(event.name, event.input_shapes) for event in recorded.function_events]
+
+    method, x, ours, naive = SparK(Plain(), lambda x: x, width=8), batch(3, size=32), [], []
+    for active in [some_mask(Plain, size=32, ratio=r) for r in (0.6, 0.3)]:                     # unlike in number, too
+        method.zero_grad(set_to_none=True)
+        ours.append(trace(lambda: method(x, active)["loss"].backward()))
+        naive.append(trace(lambda: gather_and_scatter(Plain(), active).features(x)))
+    names = {name for name, _ in ours[0] + trace(lambda: method.views(x))}
+    assert {"aten::convolution_backward", "aten::rand", "aten::pixel_shuffle"} <= names
+    assert not names & {"aten::" + op for op in ("item", "_local_scalar_dense", "nonzero", "masked_select", "index")}
+    assert ours[0] == ours[1] and naive[0] != naive[1]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("normalise_prediction", [False, True])
+def test_loss_equals_a_loop_and_ignores_visible_cells(channels, normalise_prediction):
+    torch.manual_seed(0)
+    image, prediction = torch.rand(3, channels, 16, 24).double(), torch.randn(3, channels, 16, 24).double()
+    active, total, eps = torch.rand(3, 1, 2, 3) > 0.6, [], 1e-3
+    for b, i, j in (~active).nonzero()[:, [0, 2, 3]].tolist():
+        t, p = (x[b, :, 8 * i:8 * i + 8, 8 * j:8 * j + 8] for x in (image, prediction))
+        t = (t - t.mean()) / (t.var() + eps).sqrt()
+        p = (p - p.mean()) / (p.var() + eps).sqrt() if normalise_prediction else p
+        total.append(((p - t) ** 2).mean())
+    loss = partial(masked_patch_loss, image=image, active=active, cell=8, eps=eps,
+                   normalise_prediction=normalise_prediction)
+    assert len(total) > 3 and abs(loss(prediction) - sum(total) / len(total)) < 1e-12
+    shown = pixels(active, image)
+    assert loss(prediction + 7 * torch.rand_like(prediction) * shown) == loss(prediction)
+    assert loss(prediction + 0.1 * torch.rand_like(prediction) * ~shown) != loss(prediction)
+
+
+def test_loss_of_flat_and_of_textured_cells():
+    active = torch.zeros(2, 1, 2, 2, dtype=torch.bool)
+    for normalise_prediction in (False, True):
+        prediction = torch.full((2, 1, 16, 16), 0.5, requires_grad=True)
+        loss = masked_patch_loss(prediction, torch.full((2, 1, 16, 16), 0.3), active, 8, 1e-6, normalise_prediction)
+        loss.backward()
+        assert prediction.grad.isfinite().all()
+        assert abs(loss - 0.25 * (not normalise_prediction)) < 1e-4         # the target of a flat cell is zero
+    textured = masked_patch_loss(torch.zeros(2, 1, 16, 16), torch.rand(2, 1, 16, 16), active, 8, 1e-6)
+    assert abs(textured - 63 / 64) < 1e-4                                   # unbiased variance: (n - 1) / n
+    assert masked_patch_loss(torch.zeros(2, 1, 16, 16), torch.rand(2, 1, 16, 16), ~active, 8, 1e-6) == 0
+
+
+def test_terms_and_picture():
+    torch.manual_seed(0)
+    method = SparK(tiny_encoder(stem="small"), lambda x: x, width=16, eps=1e-3)
+    x, active = method.views(batch(4, size=32))
+    x[:, :, :16] = 0.4                                                      # the upper half is flat
+    outs = method(x, active)
+    lower = active.clone()
+    lower[:, :, :2] = True
+    prediction = torch.zeros_like(x)
+    close(outs["chance"], masked_patch_loss(prediction, x, active, 8, 1e-3))
+    method.head.register_forward_hook(lambda *_: prediction)
+    assert method(x, active)["loss"] == outs["chance"]
+    close(method(x, active)["textured"], masked_patch_loss(prediction, x, lower, 8, 1e-3))
+    shown, restored = pixels(active, x), method(x, active)["restored"]
+    assert torch.equal(restored[shown], x[shown])                           # hidden ones: zero is the mean of the cell
+    means = F.interpolate(F.avg_pool2d(x, 8), scale_factor=8)
+    close(restored, torch.where(shown, x, means), 1e-6)
+    cells = F.pixel_unshuffle(x, 8)
+    prediction = F.pixel_shuffle((cells - cells.mean(1, True)) / (cells.var(1, keepdim=True) + 1e-3).sqrt(), 8)
+    close(method(x, active)["restored"], x, 1e-6)                           # the right answer gives the image back
+    assert method(x, active)["loss"] < 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_hidden_pixels_are_exactly_zero_after_standardisation(dtype):
+    encoder = tiny_encoder()
+    encoder.mean, encoder.std = (0.31,), (0.17,)
+    encoder.shift.fill_(0.31), encoder.scale.fill_(0.17)
+    method, seen = SparK(encoder, None, width=32).to(dtype), []
+    encoder.conv1.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
+    x, active = batch(3).to(dtype), some_mask(encoder)
+    method(x, active)
+    shown = pixels(active, x)
+    assert (seen[0][~shown] == 0).all()
+    close(seen[0][shown], ((x - 0.31) / 0.17)[shown], 1e-6)
+
+
+@pytest.mark.parametrize("size, cells, kept", [(64, 4, 2), (96, 9, 4), (128, 16, 6), (160, 25, 10), (224, 49, 20)])
+def test_number_of_visible_cells(size, cells, kept):
+    method = SparK(tiny_encoder(), lambda x: x, width=32)
+    x, active = method.views(torch.zeros(40, 1, size, size))
+    assert active.dtype == torch.bool and active[0].numel() == cells
+    assert (active.sum((1, 2, 3)) == kept).all() and (active.float().mean(0) > 0.1).all()       # other cells each time
+
+
+def test_decoder_is_the_papers(monkeypatch):
+    for name in ("trunc_normal_", "kaiming_normal_", "kaiming_uniform_"):   # 29 million numbers that nobody looks at
+        monkeypatch.setattr(nn.init, name, lambda tensor, **words: tensor)
+    encoder = nn.Identity()
+    encoder.strides, encoder.widths = [4, 8, 16, 32], [256, 512, 1024, 2048]
+    method = SparK(encoder, None, channels=3)
+    count = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (method.ups, method.head, method.projections)]
+    assert round(count[0] + count[1], 1) == 23.2 and round(count[2], 1) == 6.2
+    assert [len(up) for up in method.ups] == [1, 1, 1, 2]
+    assert [len(up) for up in SparK(tiny_encoder(stem="small"), None, width=32).ups] == [1, 1, 1, 0]
+
+
+def test_a_cell_may_be_a_multiple_of_the_stride():
+    method = SparK(tiny_encoder(stem="small"), lambda x: x, width=16, cell=16)
+    x, active = method.views(batch(4, size=64))
+    assert active.shape == (4, 1, 4, 4) and method(x, active)["loss"].isfinite()
+
+
+@pytest.mark.parametrize("words, size, line", [
+    ({}, 32, r"32 x 32 pixels make 1 cells of 32, .*--stem nopool"),
+    ({"mask_ratio": 0.9}, 96, r"1 would be visible.*larger --size"),
+    ({}, 80, r"80 x 80 pixels do not divide into cells of 32"),
+    ({"cell": 48}, 96, "must be a multiple of the encoder's total stride, 32"),
+    ({"mask_ratio": 1.0}, 96, "mask_ratio is 1.0"),
+    ({"width": 16}, 96, "width is 16 and must not")])
+def test_one_clear_line(words, size, line):
+    with pytest.raises(ValueError, match=line):
+        SparK(tiny_encoder(), lambda x: x, **{"width": 32, **words}).views(batch(2, size=size))
+
+
+def test_other_norms_are_refused():
+    for norm in (nn.GroupNorm(2, 8), nn.InstanceNorm2d(8), nn.SyncBatchNorm(8)):
+        with pytest.raises(ValueError, match=f"1 is a {type(norm).__name__}"):
+            make_sparse(nn.Sequential(nn.Conv2d(1, 8, 3), norm), Mask())
+    method = nn.SyncBatchNorm.convert_sync_batchnorm(SparK(tiny_encoder(), lambda x: x, width=32))
+    with pytest.raises(ValueError, match="--sync-bn"):
+        method.views(batch(2))

@@ -1,0 +1,43 @@
+"""Run a function in several processes that form a gloo group, and bring its results back."""
+
+import multiprocessing
+import traceback
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+def run_processes(function, count, tmp_path, *values):
+    """[function(*values) of rank 0, of rank 1, ...]. The function is found by its name in its module and returns what
+    torch.save can write. The first call pays for one import of torch, later calls of the session fork from it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed"])
+    folder = tmp_path / f"{function.__name__}-{len(list(tmp_path.iterdir()))}"                 # a rendezvous serves one group
+    folder.mkdir()
+    children = [context.Process(target=child, args=(function, rank, count, folder, values)) for rank in range(count)]
+    for process in children:
+        process.start()
+    for process in children:
+        process.join(60)
+    alive = [process for process in children if process.is_alive()]
+    for process in alive:
+        process.kill()
+        process.join()
+    errors = [path.read_text() for path in sorted(folder.glob("error-*"))]
+    if errors or alive or any(process.exitcode for process in children):
+        codes = [process.exitcode for process in children]
+        raise RuntimeError("\n".join(errors) or f"exit codes {codes}, {len(alive)} stopped after 60 s")
+    return [torch.load(folder / f"result-{rank}") for rank in range(count)]
+
+
+def child(function, rank, count, folder, values):
+    try:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=count,
+                                timeout=timedelta(seconds=30))
+        torch.save(function(*values), folder / f"result-{rank}")
+        dist.destroy_process_group()
+    except Exception:
+        (folder / f"error-{rank}").write_text(f"rank {rank}:\n{traceback.format_exc()}")
+        raise SystemExit(1)
