@@ -11,7 +11,7 @@ of the restoring methods; `skips=False` of the decoder is its sensible form.
 The algorithm.
   y = sigmoid(d(f(x)))                                     encoder f, all its maps; decoder d                       (1)
   loss = mean over pixels of (y - x)^2                                                                              (2)
-"chance" is the loss of painting each image evenly, in the mean of each of its channels. Handing the image back scores 0.
+"chance" is the loss of painting each image evenly, in the mean of each of its channels. Copying scores 0.
 
 Shapes. images (B, C, H, W) -> flipped images x (B, C, h, w) -> maps (B, widths[i], h / strides[i], w / strides[i]) ->
 picture y (B, C, h, w) -> one number. A decoder's output that is larger than the image (h no multiple of the stride) is

@@ -80,8 +80,8 @@ def bezier_map(images):
 
 
 def curve_map(images, controls, falling):
-    """Through the cubic Bezier curve from (0, 0) past the controls (B, 2, 2) to (1, 1). As these lie in the unit square,
-    x and y both rise along it; where `falling` (B,), y runs from 1 back to 0 and inverts the contrast."""
+    """Through the cubic Bezier curve from (0, 0) past the controls (B, 2, 2) to (1, 1). In the unit square both x
+    and y rise along it; where `falling` (B,), y runs from 1 back to 0 and inverts the contrast."""
     t = torch.linspace(0, 1, 1000, device=images.device, dtype=images.dtype)
     basis = torch.stack([(1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t ** 2 * (1 - t), t ** 3], 1)          # (T, 4)
     ends = torch.zeros_like(controls[:, :1]), torch.ones_like(controls[:, :1])
@@ -120,7 +120,7 @@ def shuffle_blocks(images, block):
 
 
 def in_paint(images):
-    """Uniform noise in at most five boxes, with sides of a sixth to a third of the image's; one image in 20 has none."""
+    """Uniform noise in at most five boxes, with sides of 1/6 to 1/3 of the image's; one image in 20 has none."""
     return torch.where(boxes(images, 1 / 6, 1 / 3, sure=0), torch.rand_like(images), images)
 
 
@@ -131,7 +131,7 @@ def out_paint(images):
 
 def boxes(images, low, high, sure):
     """The union of at most five random boxes, (B, 1, H, W) bool, sides `low` to `high` of the image's, 3/64 of it kept
-    free at the border. `sure` boxes are always there; each further one has probability 0.95 if the last one is there."""
+    free at the border. `sure` boxes are always there; each further one has probability 0.95 if the last is there."""
     there = torch.rand(len(images), 5, 1, 1, device=images.device) < 0.95
     there[:, :sure] = True
     inside = there.cumprod(1).bool()                                        # (B, 5, 1, 1)

@@ -82,9 +82,9 @@ class MedMoCo(nn.Module):
         if regions:                                                         # on every region alike: a 1x1 convolution
             self.local_projector = mlp(encoder.widths[self.stage], encoder.widths[self.stage], dim, norm=False)
             self.key_local_projector = copy.deepcopy(self.local_projector).requires_grad_(False)
-        self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1)) # (K, D)
-        self.register_buffer("queue_groups", torch.full((queue_size,), -1))             # (K,)  patients; -1: unknown
-        self.register_buffer("pointer", torch.tensor(0))                                # the oldest row
+        self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1))  # (K, D)
+        self.register_buffer("queue_groups", torch.full((queue_size,), -1))              # (K,)  patients; -1: unknown
+        self.register_buffer("pointer", torch.tensor(0))                                 # the oldest row
 
     @torch.no_grad()
     def views(self, images, groups=None):

@@ -65,9 +65,9 @@ class MoCo(nn.Module):
         self.projector = mlp(encoder.dim, encoder.dim, dim, norm=False)
         self.key_encoder = copy.deepcopy(encoder).requires_grad_(False)
         self.key_projector = copy.deepcopy(self.projector).requires_grad_(False)
-        self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1)) # (K, D)
-        self.register_buffer("queue_groups", torch.full((queue_size,), -1))             # (K,)  patients; -1: unknown
-        self.register_buffer("pointer", torch.tensor(0))                                # the oldest row
+        self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1))  # (K, D)
+        self.register_buffer("queue_groups", torch.full((queue_size,), -1))              # (K,)  patients; -1: unknown
+        self.register_buffer("pointer", torch.tensor(0))                                 # the oldest row
 
     @torch.no_grad()
     def views(self, images, groups=None):

@@ -3,9 +3,10 @@
 Zhou et al., "Preservational Learning Improves Self-supervised Medical Image Models by Reconstructing Diverse Contexts",
 ICCV 2021.
 
-The idea. Contrast keeps what two views share and may drop the rest, such as fine texture. So the same features must also
-restore the picture; and for there to be more than one picture to restore, a control vector tells the decoder by which flips
-and quarter turns the result shall differ from the view. A mixture of both views' features has to restore their mixture.
+The idea. Contrast keeps what two views share and may drop the rest, such as fine texture. So the same features must
+also restore the picture; and for there to be more than one picture to restore, a control vector tells the decoder by
+which flips and quarter turns the result shall differ from the view. A mixture of both views' features has to restore
+the mixture of both pictures.
 
 The algorithm. (The numbers are ours.)
   a, b = two crops of the image; x1, x2 = a, b in- or out-painted, each with probability 0.4                       (1)
@@ -19,20 +20,21 @@ The algorithm. (The numbers are ours.)
   restoration, _key, _mix = mean squares of restored from F, F', M minus T(a), T(b), alpha T(a) + (1 - alpha) T(b) (7)
   loss = (contrast + contrast_mix) / 2 + (restoration + restoration_key + restoration_mix) / 3                     (8)
   f' <- m f' + (1 - m) f, likewise g'; k replaces the oldest rows of the queue             after the step          (9)
-Keys are encoded in shuffled order, in chunks with BatchNorm statistics of their own, as in MoCo. "chance" is the same sum
-for a network that knows nothing: ln(K + 1), K the queue's length, and for each restoration the error of painting every
-picture evenly, in its mean. The contrast, near 9, outweighs the restorations, which are below 0.1, in number only: their
-gradients are what counts, and each term is reported.
+Keys are encoded in shuffled order, in chunks with BatchNorm statistics of their own, as in MoCo. "chance" is Eq. 8 for
+a network that knows nothing: ln(K + 1), K the queue's length, and for each restoration the error of painting every
+picture evenly, in its mean. The contrast is near 9 and the restorations are below 0.1, so look at them one by one.
 
-Shapes. images (B, C, H, W) -> views x1, x2 and targets T(a), T(b) (B, C, h, h), codes c (B, 6), alpha (B,), order (B,) ->
-maps (B, widths[i], h / strides[i], ...) -> unit q, k, m (B, D) and three pictures (B, C, h, h) -> one number. "restored"
-is the first picture with T undone, so that it lies over x1.
+Shapes. images (B, C, H, W) -> views x1, x2 and targets T(a), T(b) (B, C, h, h), codes c (B, 6), alpha (B,), order (B,)
+-> maps (B, widths[i], h / strides[i], ...) -> unit q, k, m (B, D) and three pictures (B, C, h, h) -> one number.
+"restored" is the first picture with T undone, so that it lies over x1.
 
-Differences. In 2D, as in Zhang et al. 2023: 6 bits for 7. Image and features are mixed with the same alpha; the code drew
-two, so that its target was not the mixture of what was mixed. The mixture's embedding carries gradient (our reading), and
-painting is split as in Genesis, 0.2 inside. There the blur falls on the views alone; here it is a part of the augmentation,
-so targets have it too. Encoder and decoder are handed in. Across processes all keys enter everyone's queue. Gradient
-accumulation leaves the number of negatives as it is: all micro-batches meet the same queue.
+Differences. In 2D, as in Zhang et al. 2023, with 6 bits for 7. Image and features are mixed with the same alpha; the
+code drew two, so that its target was not the mixture of what was mixed. One T serves both crops and the mixture. The
+mixture's embedding carries gradient, and painting is split as in Genesis, 0.2 inside (both our reading). There the blur
+falls on the views alone; here it is a part of the augmentation, so targets have it too. Encoder and decoder are handed
+in; only the coarsest map is multiplied, so with skip connections the finer ones reach the decoder unturned. Across
+processes all keys enter everyone's queue. Gradient accumulation leaves the number of negatives as it is: all
+micro-batches meet the same queue.
 """
 
 import copy
@@ -58,8 +60,8 @@ RECIPE = {                       # Zhang et al. 2023, the released settings for 
 class PCRL(nn.Module):
     """Contrast and mixture of two views, and restoration under a control vector."""
 
-    def __init__(self, encoder, augment, decoder, hidden=512, dim=128, queue_size=16384, temperature=0.2, momentum=0.999,
-                 bn_chunks=8, paint=0.4):
+    def __init__(self, encoder, augment, decoder, hidden=512, dim=128, queue_size=16384, temperature=0.2,
+                 momentum=0.999, bn_chunks=8, paint=0.4):
         super().__init__()
         self.encoder, self.augment, self.decoder = encoder, augment, decoder
         self.temperature, self.momentum, self.bn_chunks, self.paint = temperature, momentum, bn_chunks, paint
@@ -99,8 +101,8 @@ class PCRL(nn.Module):
         accuracy, chance = contrast_scores(q.detach(), k, self.queue)
         out["loss"] = ((out["contrast"] + out["contrast_mix"]) / 2          # Eq. 8
                        + (out["restoration"] + out["restoration_key"] + out["restoration_mix"]) / 3)
-        return out | {"chance": chance + sum(grey_error(target) for target in targets) / 3, "accuracy": accuracy, "keys": k,
-                      "embedding": q.detach(), "restored": undo(pictures[0].detach(), code)}
+        return out | {"chance": chance + sum(grey_error(target) for target in targets) / 3, "accuracy": accuracy,
+                      "keys": k, "embedding": q.detach(), "restored": undo(pictures[0].detach(), code)}
 
     @torch.no_grad()
     def encode_keys(self, x, order):
@@ -120,7 +122,7 @@ class PCRL(nn.Module):
 
 
 def transform(images, code):
-    """Eq. 2: flipped left-right (bit 0), up-down (bit 1), then turned counter-clockwise (bits 2 to 5, one of them 1)."""
+    """Eq. 2: flipped left-right (bit 0), up-down (bit 1), then turned counter-clockwise (bits 2 to 5, one is 1)."""
     return rotate(flip(images, code), code[:, 2:].argmax(1))
 
 
@@ -145,7 +147,7 @@ def rotate(images, turns):
 
 
 def in_paint(images):
-    """Uniform noise in at most five boxes, with sides of a sixth to a third of the image's. (One image in 20 has none.)"""
+    """Uniform noise in at most five boxes, with sides of 1/6 to 1/3 of the image's; one image in 20 has none."""
     return torch.where(boxes(images, 1 / 6, 1 / 3, sure=0), torch.rand_like(images), images)
 
 
@@ -156,7 +158,7 @@ def out_paint(images):
 
 def boxes(images, low, high, sure):
     """The union of at most five random boxes, (B, 1, H, W) bool, sides `low` to `high` of the image's, 3/64 of it kept
-    free at the border. `sure` boxes are always there; each further one has probability 0.95, if the one before is there."""
+    free at the border. `sure` boxes are always there; each further one has probability 0.95 if the last is there."""
     there = torch.rand(len(images), 5, 1, 1, device=images.device) < 0.95
     there[:, :sure] = True
     inside = there.cumprod(1).bool()                                        # (B, 5, 1, 1)
@@ -188,7 +190,7 @@ def grey_error(images):
 
 
 def info_nce(q, k, queue, temperature, skip=None):
-    """Eq. 2. Unit rows q, k (B, D) and queue (K, D); nothing is normalised here. skip (B, K): rows that are no negatives."""
+    """Unit rows q, k (B, D) and queue (K, D): nothing is normalised here. Rows in skip (B, K) are not counted."""
     logits = similarities(q, k, queue, skip) / temperature                  # (B, 1 + K)
     return F.cross_entropy(logits, torch.zeros_like(logits[:, 0], dtype=torch.long))
 

@@ -72,8 +72,8 @@ class SparK(nn.Module):
         if self.cell % strides[-1] or self.cell < 1:
             raise ValueError(f"cell is {self.cell}; it must be a multiple of the encoder's total stride, {strides[-1]}")
         if width < strides[-1] or strides[-1] & (strides[-1] - 1):
-            raise ValueError(f"the decoder halves its width at every doubling of the size: width is {width} and must not be "
-                             f"less than the total stride, {strides[-1]}, which has to be a power of two")
+            raise ValueError(f"the decoder halves its width whenever it doubles the size: width is {width} and may not "
+                             f"be less than the total stride, {strides[-1]}, which has to be a power of two")
         self.tokens, self.norms = nn.ParameterList(), nn.ModuleList()
         self.projections, self.ups = nn.ModuleList(), nn.ModuleList()
         for stride, finer, fan_in in reversed(list(zip(strides, [1] + strides, encoder.widths))):
@@ -110,8 +110,8 @@ class SparK(nn.Module):
                              f"choose a --size that is a multiple of {cell}")
         keep = round((1 - self.mask_ratio) * h * w)                         # 20 of 49 at 224 pixels
         if keep < 2:
-            raise ValueError(f"{height} x {width} pixels make {h * w} cells of {cell}, of which {keep} would be visible; "
-                             "at least 2 must be: choose a larger --size, or --stem nopool (smaller cells)")
+            raise ValueError(f"{height} x {width} pixels make {h * w} cells of {cell}, of which {keep} would be "
+                             "visible; at least 2 must be: choose a larger --size, or --stem nopool (smaller cells)")
         rank = torch.rand(len(x), h * w, device=x.device).argsort(1).argsort(1)         # (B, n)
         return x, (rank < keep).view(-1, 1, h, w)                           # (B, 1, h, w)  Eq. 1
 
@@ -180,7 +180,7 @@ def visible_batch_norm(layer, plain, mask, x):
         centred = (y - mean) * visible                                      # (B, C, H, W)
         variance = centred.square().sum((0, 2, 3), keepdim=True) / count    # (1, C, 1, 1)
         if layer.training and layer.track_running_stats:
-            with torch.no_grad():                                          # .data: other passes of this step may have saved the buffers
+            with torch.no_grad():       # .data: a pass of another method in this step may have saved the buffers
                 layer.num_batches_tracked.add_(1)
                 rate = 1 / layer.num_batches_tracked if layer.momentum is None else layer.momentum
                 unbiased = variance * count / (count - 1)

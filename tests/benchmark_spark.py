@@ -116,7 +116,8 @@ def main():
             ratio = statistics.median(a / b for a, b in zip(seconds[v], seconds["dense"]))
             mib, dense = space[v, *row], space["dense", *row]
             print(f"| {name} | {size} | {'bf16' if autocast else 'fp32'} | {v} "
-                  f"| {1e3 * statistics.median(seconds[v]):.0f} | {ratio:.2f} | {mib:.0f} | {mib / dense:.2f} |", flush=True)
+                  f"| {1e3 * statistics.median(seconds[v]):.0f} | {ratio:.2f} "
+                  f"| {mib:.0f} | {mib / dense:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

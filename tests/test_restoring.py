@@ -224,7 +224,8 @@ def test_skip_connections_carry_the_fine_maps_and_can_be_left_out():
 
 
 def test_autoencoder_restores_its_own_input():
-    method = Autoencoder(tiny_encoder(), augment.build("flips", 64), unet.Decoder([8, 16, 32, 64], [4, 8, 16, 32], 1)).eval()
+    decoder = unet.Decoder([8, 16, 32, 64], [4, 8, 16, 32], 1)
+    method = Autoencoder(tiny_encoder(), augment.build("flips", 64), decoder).eval()
     x, = method.views(batch(4))
     out = method(x)
     assert torch.allclose(out["loss"], (out["restored"] - x).square().mean())

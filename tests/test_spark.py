@@ -226,6 +226,13 @@ def test_outside_of_its_own_forward_the_encoder_is_what_it_was():
     assert not torch.equal(twin.encoder(x), encoder(x)) and torch.equal(encoder(x), other(x))
 
 
+def test_another_method_may_use_the_encoder_in_the_same_step():
+    method, x = SparK(tiny_encoder(), None, width=32), batch(3)
+    before = method.encoder(x).square().mean()                              # its backward follows SparK's forward
+    (before + method(x, some_mask(method.encoder))["loss"] + method.encoder(x).square().mean()).backward()
+    assert method.encoder.bn1.num_batches_tracked == 3
+
+
 def test_keys_are_those_of_torchvision():
     keys = SparK(tiny_encoder(), None, width=32).encoder.state_dict()
     norm = [f"bn1.{name}" for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")]
@@ -352,7 +359,7 @@ def test_a_cell_may_be_a_multiple_of_the_stride():
     ({}, 80, r"80 x 80 pixels do not divide into cells of 32"),
     ({"cell": 48}, 96, "must be a multiple of the encoder's total stride, 32"),
     ({"mask_ratio": 1.0}, 96, "mask_ratio is 1.0"),
-    ({"width": 16}, 96, "width is 16 and must not")])
+    ({"width": 16}, 96, "width is 16 and may not")])
 def test_one_clear_line(words, size, line):
     with pytest.raises(ValueError, match=line):
         SparK(tiny_encoder(), lambda x: x, **{"width": 32, **words}).views(batch(2, size=size))

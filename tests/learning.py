@@ -1,0 +1,90 @@
+"""Does every method learn? A short training of each on the built-in images, with a number to reach.
+
+    python tests/learning.py [METHOD ...]        about five minutes for all on two CPU cores
+
+What a broken method would also reach is no number to reach: where the loss says little (MoCo's rises while its queue fills, BYOL's and SimSiam's may fall because everything collapses) it is how well the second view of an unseen image
+is found among other images.
+"""
+
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import train                                                                # noqa: E402
+from medssl.common import encoders, feed, loop, phantoms                    # noqa: E402
+
+SIZE, BATCH = 64, 32
+# method: (steps, words of its constructor, what is measured, whether it has to be above or below, the level)
+LEVELS = {
+    "simclr": (150, [], "ranked", ">", 0.8),
+    "dcl": (150, [], "ranked", ">", 0.8),
+    "simsiam": (150, [], "ranked", ">", 0.8),
+    "byol": (150, ["momentum=0.9"], "ranked", ">", 0.8),
+    "vicreg": (150, ["dim=256", "hidden=256"], "ranked", ">", 0.8),
+    "swav": (150, ["prototypes=50", "freeze=20", "crops=2"], "ranked", ">", 0.8),
+    "moco": (150, ["queue_size=512", "momentum=0.99"], "accuracy", ">", 0.3),
+    "medmoco": (150, ["queue_size=512", "momentum=0.99"], "accuracy", ">", 0.2),
+    "spark": (150, ["width=128"], "textured", "<", 0.9),
+    "rotation": (100, [], "accuracy", ">", 0.9),
+    "relative": (150, [], "accuracy", ">", 0.7),
+    "jigsaw": (150, ["permutations=20"], "accuracy", ">", 0.7),
+    "autoencoder": (150, [], "loss / chance", "<", 0.4),
+    "genesis": (150, [], "loss / identity", "<", 0.6),
+    "rubik": (150, ["permutations=20"], "order_accuracy", ">", 0.5),
+    "pcrl": (150, ["queue_size=512", "momentum=0.99"], "accuracy", ">", 0.2),
+    "rotation+simclr": (150, [], "rotation.accuracy", ">", 0.8),
+}
+
+
+def trained(name, steps, words, dataset, size=SIZE, seed=0, width=None):
+    """A method after `steps` steps, and its last records."""
+    torch.manual_seed(seed)
+    encoder = width or encoders.build("tiny", 1, mean=dataset.mean, std=dataset.std)
+    if name == "spark":                                                     # four cells at 64 pixels are too few to hide some
+        encoder = encoders.build("tiny", 1, "nopool", dataset.mean, dataset.std)
+    method = train.build(name.split("+"), encoder, size, 1, {"settings": {}}, SimpleNamespace(set=words, views=None))
+    config = loop.Config(steps=steps, batch=BATCH, lr=1e-3, optimizer="adamw", weight_decay=0.01, warmup=10, device="cpu", log_every=10)
+    records = [r for r in loop.fit(method, dataset, config, dataset.rows("train")) if isinstance(r["loss"], float)]
+    return method, {key: sum(r[key] for r in records[-4:]) / 4 for key in records[-1] if key != "step"}
+
+
+@torch.no_grad()
+def ranked(method, dataset, count=128):
+    """Two views of unseen images: of the other images, what share is less similar to the first view than its own second view is?
+    A half by chance, and by a collapsed network; the untrained network's figure is the one to beat."""
+    images = feed.batch(dataset.images, dataset.rows("test", "val")[::2][:count], "cpu")
+    method.eval()
+    torch.manual_seed(0)
+    first, second = (F.normalize(method.encoder(method.augment(images)), dim=1) for _ in range(2))
+    similarity = (first - first.mean(0)) @ (second - second.mean(0)).T                                     # (N, N)
+    return (similarity < similarity.diagonal()[:, None]).float().mean().item()
+
+
+def measure(what, method, record, dataset):
+    if what == "ranked":
+        return ranked(method, dataset)
+    above, _, below = what.partition(" / ")
+    return record[above] / record[below] if below else record[above]
+
+
+def main():
+    names, dataset, failed = sys.argv[1:] or LEVELS, phantoms.make(1000, SIZE), 0
+    for name in names:
+        steps, words, what, sign, level = LEVELS[name]
+        start = time.perf_counter()
+        method, record = trained(name, steps, words, dataset)
+        value = measure(what, method, record, dataset)
+        good = value > level if sign == ">" else value < level
+        failed += not good
+        print(f"{'ok    ' if good else 'FAILED'} {name:16} {what} {value:.3f}, has to be {sign} {level} ({steps} steps, {time.perf_counter() - start:.0f} s)", flush=True)
+    print(f"{len(names) - failed} passed, {failed} failed")
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()
