@@ -23,77 +23,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from medssl.common import augment, cli, data, encoders, feed, files, loop, metrics, readouts, report, unet
+from medssl.common import augment, cli, data, encoders, feed, files, loop, metrics, readouts, report, subsets, unet
 
-FROZEN = "encoder frozen, in evaluation mode"
-TASKS = {
-    "knn": f"{FROZEN}; the 20 nearest training images by cosine vote; nothing is chosen",
-    "linear": f"{FROZEN}; logistic regression on standardised features; L2 chosen on validation",
-    "finetune": "one linear layer on the encoder, all of it trained; epoch chosen on validation",
-    "segment": f"{FROZEN}; one 1x1 convolution on its four maps; epoch chosen on validation",
-    "unet": "U-Net decoder on the encoder, all of it trained; epoch chosen on validation",
-    "collapse": f"{FROZEN}; no labels used, nothing chosen",
-}
-TARGET = {"knn": "labels", "linear": "labels", "finetune": "labels", "segment": "masks", "unet": "masks"}
-TRAINED = ("finetune", "segment", "unet")                                   # by the loop
 STRENGTHS = [f"S{i}" for i in range(7)]
-
-Condition = namedtuple("Condition", "labels imbalance augment")             # one cell of the series; None where a task has no such choice
-
-
-@dataclass
-class Model:
-    """One row of the table. file None: random weights."""
-    name: str
-    encoder: str
-    stem: str
-    file: Path | None = None
-    config: dict | None = None                                              # of the run that the file lies in
-    step: int | None = None                                                 # of its pretraining, where the file's name says so
-    network: torch.nn.Module | None = None
-
-    def fresh(self, study, seed):
-        """The encoder as it is before a read-out; a random one is drawn anew from every seed."""
-        if self.file:
-            return copy.deepcopy(self.network)
-        torch.manual_seed(seed)
-        dataset = study.dataset
-        network = encoders.build(self.encoder, dataset.images.shape[1], self.stem, dataset.mean, dataset.std)
-        return network.to(study.device, memory_format=torch.channels_last)
-
-
-@dataclass
-class Target:
-    """What is to be told, and the rows that may be learned from, chosen on, and scored."""
-    values: np.ndarray                                                      # labels (N,) or masks (N, H, W)
-    classes: tuple
-    strata: np.ndarray                                                      # (N,) what subsets keep the shares of
-    rows: dict                                                              # train, val, test
-    orders: dict = field(default_factory=dict)                              # by seed, of the training rows
-
-    @property
-    def rare(self):
-        """The class with the fewest training images."""
-        counts = np.bincount(self.strata[self.rows["train"]])
-        return int(np.where(counts > 0, counts, counts.sum() + 1).argmin())
-
-
-@dataclass
-class Study:
-    args: object
-    dataset: data.Dataset
-    device: torch.device
-    models: list
-    groups: np.ndarray                                                      # (N,) patient of each image
-    targets: dict = field(default_factory=dict)
-    notes: list = field(default_factory=list)                               # one line each, said once
-    features: dict = field(default_factory=dict)
-
-    def note(self, line):
-        if line not in self.notes:
-            self.notes.append(line)
-            tqdm.write(f"note: {line}")
-
 
 def main(argv=None):
     args = parse(argv)
@@ -103,7 +35,7 @@ def main(argv=None):
     tasks = choose_tasks(study)
     out = choose_folder(args, study) if tasks else None
     for kind in sorted({TARGET[task] for task in tasks if task in TARGET}):
-        study.targets[kind] = find_target(study, kind)
+        study.targets[kind] = subsets.find_target(study.dataset, study.groups, kind, study.note)
     cells = [(task, condition) for task in tasks for condition in conditions(args, task)]
     say_what(study, tasks, cells)
     if args.export:
@@ -148,11 +80,11 @@ def parse(argv):
     add("--augment", nargs="+", choices=STRENGTHS, default=["S1"], help="strength under finetune, segment and unet")
     add("--freeze", type=not_negative, default=0, help="epochs with the encoder frozen before finetune and unet release it")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=positive_number, default=20, help="of finetune, segment and unet; an epoch has as many steps with few labels as with all")
+    length.add_argument("--epochs", type=positive_number, default=10, help="of finetune, segment and unet; an epoch has as many steps with few labels as with all")
     length.add_argument("--steps", type=positive)
     add("--batch", type=positive, default=64)
     add("--lr", type=positive_number, default=1e-3, help="AdamW's")
-    add("--head-lr", type=positive_number, default=1.0, help="the head's, as a multiple of --lr")
+    add("--head-lr", type=positive_number, help="the head's (default: 10 times --lr for linear heads, --lr for the U-Net decoder)")
     add("--loss", choices=readouts.LOSSES, help="balanced: cross-entropy with class weights; dice (with cross-entropy; default) and jaccard: masks only")
     add("--transfer", choices=("encoder", "encoder+decoder"), default="encoder", help="what unet takes from a run that had a decoder")
     add("--seeds", type=positive, default=3, help="of subsets, heads, order and the random encoder")
@@ -316,200 +248,32 @@ def open_study(args, models, device):
     return study
 
 
-# ---- rows
-
-def find_target(study, kind):
-    """Labels or masks, with the rows that have one. Sets without a validation split give 15 % of their training patients for it."""
-    dataset, values = study.dataset, getattr(study.dataset, kind)
-    if kind == "labels":
-        usable, strata, classes = values >= 0, values, dataset.classes
-    else:
-        held = np.array([np.bincount(mask.ravel(), minlength=256)[:255] > 0 for mask in values])             # (N, 255)
-        usable, often = held.any(1), held.sum(0)
-        strata = np.where(held, often, len(held) + 1).argmin(1)             # the rarest class in the picture
-        classes = dataset.classes if dataset.labels is None else tuple(map(str, range(np.flatnonzero(often)[-1] + 1 if usable.any() else 0)))
-    rows = {name: dataset.rows(name)[usable[dataset.rows(name)]] for name in ("train", "val", "test")}
-    for name in ("train", "test"):
-        if not len(rows[name]):
-            raise ValueError(f"{dataset.name}: no image of the {name} split has a {kind[:-1]}")
-    if not len(rows["val"]):
-        order = readouts.in_order(rows["train"], study.groups[rows["train"]], strata[rows["train"]], 0)
-        rows["val"] = readouts.beginning(order, study.groups[order], "0.15")
-        rows["train"] = np.setdiff1d(rows["train"], rows["val"])
-        study.note(f"{dataset.name} has no validation split with {kind}: {len(rows['val'])} training images are kept for it")
-    seen = {name: set(np.flatnonzero(held[rows[name]].any(0)) if kind == "masks" else values[rows[name]]) for name in rows}
-    if len(seen["train"]) < 2:
-        raise ValueError(f"{dataset.name}: the training {kind} hold only one class ({classes[min(seen['train'])]}): there is nothing to tell apart")
-    for name in ("train", "test"):
-        absent = [c for i, c in enumerate(classes) if i not in seen[name]]
-        if absent:
-            effect = "never predicted, and scored 0 where it occurs" if name == "train" else "left out of the means"
-            study.note(f"no image of the {name} split holds class {', '.join(absent)}: {effect}")
-    if len(np.unique(study.groups[rows["test"]])) < 20:
-        study.note(f"the test split has {len(np.unique(study.groups[rows['test']]))} patients with {kind}: fewer than 20 give too short intervals")
-    return Target(values, classes, strata, rows)
-
-
-def training_rows(study, target, condition, seed):
-    """The images that may be learned from in this cell."""
-    if seed not in target.orders:
-        rows = target.rows["train"]
-        target.orders[seed] = readouts.in_order(rows, study.groups[rows], target.strata[rows], seed)
-    rows = readouts.beginning(target.orders[seed], study.groups[target.orders[seed]], condition.labels)
-    return readouts.thinned(rows, target.strata[rows], target.rare, condition.imbalance) if condition.imbalance else rows
-
+# ---- in words
 
 def say_what(study, tasks, cells):
     """What is about to be done, task by task, with numbers of images and patients."""
     args, dataset = study.args, study.dataset
-    print(f"{dataset.name}: images {' x '.join(map(str, dataset.images.shape[1:]))}; {len(study.models)} encoders on {study.device}, {args.seeds} seeds")
+    print(f"{dataset.name}: images {' x '.join(map(str, dataset.images.shape[1:]))}; {len(study.models)} encoders on {study.device}, seeds: {args.seeds}")
     for task in tasks:
         if task == "collapse":
             print(f"collapse: {TASKS[task]}; {len(watched(study))} images")
             continue
         target = study.targets[TARGET[task]]
-        chosen = "" if task == "knn" else f"chosen on validation: {count(study, target.rows['val'])}; "
+        chosen = f"{CHOSEN[task]} chosen on validation: {count(study, target.rows['val'])}; " if task in CHOSEN else "nothing is chosen; "
         print(f"{task}: {TASKS[task]}{f', after {args.freeze:g} epochs with the encoder frozen' if args.freeze and task in ('finetune', 'unet') else ''}; "
               f"{chosen}scored once on test: {count(study, target.rows['test'])}")
         for condition in dict.fromkeys(c for t, c in cells if t == task):
-            each = [training_rows(study, target, condition, seed) for seed in range(args.seeds)]
+            each = [target.training(study.groups, condition.labels, condition.imbalance, seed) for seed in range(args.seeds)]
             print(f"  {report.describe(condition)}: learns from {count(study, each[0])}" + (" (first seed)" if args.seeds > 1 else ""))
             lost = [c for i, c in enumerate(target.classes) if TARGET[task] == "labels" and any(i not in target.values[rows] for rows in each)]
             if lost:
-                study.note(f"{report.describe(condition)}: some seeds have no training image of {', '.join(lost)}; scored with what is there")
+                study.note(f"{report.describe(condition)}: in some seeds no training image of {', '.join(lost[:4])}"
+                           f"{f' and {len(lost) - 4} more classes' if len(lost) > 4 else ''}; scored with what is there")
 
 
 def count(study, rows):
     patients = len(np.unique(study.groups[rows]))
     return f"{len(rows)} images of {patients} patients" if study.dataset.groups is not None else f"{len(rows)} images"
-
-
-def watched(study):
-    """Up to 1000 test images for the spectrum; every image where there is no test split."""
-    rows = study.dataset.rows("test")
-    return np.random.default_rng(0).permutation(rows if len(rows) else np.arange(len(study.dataset)))[:1000]
-
-
-# ---- one cell of the table
-
-def features_of(study, model, seed):
-    """Features (N, D) of all images, and the encoder's hash after that equals the hash before."""
-    key = model.name if model.file else None
-    if key not in study.features:
-        network = model.fresh(study, seed)
-        before = readouts.fingerprint(network)
-        features = readouts.extract(network, study.dataset.images, np.arange(len(study.dataset)), study.device)
-        study.features[key] = features, unchanged(before, network)
-    return study.features[key]
-
-
-def unchanged(before, network):
-    if readouts.fingerprint(network) != before:
-        raise RuntimeError("the frozen encoder has changed: this is a mistake in the program, and its scores are worth nothing")
-    return before
-
-
-def run_cell(study, task, model, condition, seed, out):
-    """One fit: learns from training rows, chooses on validation rows, and then scores the test rows once."""
-    record = {"model": model.name, "task": task, **condition._asdict(), "seed": seed}
-    if task == "collapse":
-        features, record["frozen"] = features_of(study, model, seed)
-        features = features[watched(study)]
-        record["scores"] = {"rank_me": metrics.rank_me(features), "alpha_req": metrics.alpha_req(features), "spread": metrics.spread(features),
-                            "participation_ratio": metrics.participation_ratio(features), "mean_correlation": metrics.mean_correlation(features)}
-        return record | {"spectrum": metrics.spectrum(features)}
-    target = study.targets[TARGET[task]]
-    rows, test = training_rows(study, target, condition, seed), target.rows["test"]
-    record |= {"train_images": len(rows), "train_patients": len(np.unique(study.groups[rows]))}
-    solve = {"knn": by_neighbours, "linear": by_line}.get(task, by_training)
-    predict, facts = solve(study, task, model, condition, seed, target, rows, out)
-    answers, truth, groups = predict(test), target.values[test], study.groups[test]                          # the test split, once
-    if TARGET[task] == "masks":
-        record["scores"], record["again"], record["units"], single = readouts.mask_scores(answers, truth, target.classes, groups)
-        if seed == 0:
-            record["overlay"] = report.overlay(study, test, truth, answers, single)
-    else:
-        record["scores"], record["again"], record["units"] = readouts.class_scores(truth, answers, target.classes, groups)
-        record["confusion"] = metrics.confusion(truth, answers.argmax(1), len(target.classes))
-    return record | facts
-
-
-def by_neighbours(study, task, model, condition, seed, target, rows, out):
-    features, frozen = features_of(study, model, seed)
-
-    def predict(asked):
-        shares = readouts.knn(features[rows], target.values[rows], features[asked])
-        return np.pad(shares, ((0, 0), (0, len(target.classes) - shares.shape[1])))                          # classes never seen: 0
-    return predict, {"frozen": frozen}
-
-
-def by_line(study, task, model, condition, seed, target, rows, out):
-    features, frozen = features_of(study, model, seed)
-    predict, chosen = readouts.linear_probe(features, target.values, rows, target.rows["val"], len(target.classes),
-                                            class_weights(study, task, target, rows, study.args.resample))
-    return predict, chosen | {"frozen": frozen}
-
-
-def class_weights(study, task, target, rows, resample=False):
-    if study.args.loss != "balanced" and not resample:
-        return None
-    values = target.values[rows].ravel()
-    return readouts.balanced_weights(np.bincount(values, minlength=len(target.classes)))
-
-
-def by_training(study, task, model, condition, seed, target, rows, out):
-    """finetune, segment and unet: a head, the loop, the epoch that is best on validation."""
-    args, dataset, val = study.args, study.dataset, target.rows["val"]
-    network, classes = model.fresh(study, seed), len(target.classes)
-    before = readouts.fingerprint(network) if task == "segment" else None
-    torch.manual_seed(seed)                                                 # the same first head on every encoder
-    views, masks = augment.build(condition.augment, dataset.images.shape[2]), TARGET[task] == "masks"
-    loss = args.loss or ("dice" if masks else "ce")
-    weights = class_weights(study, task, target, rows)
-    if masks:
-        head = readouts.LinearHead(network.widths, network.strides, classes) if task == "segment" else build_decoder(study, model, network, classes)
-        method = readouts.Segmenter(network, views, head, classes, loss, weights)
-    else:
-        method = readouts.Classifier(network, views, classes, loss if loss in ("ce", "balanced") else "ce", weights)
-
-    def answers(asked):
-        return readouts.answers(method, dataset.images, asked, study.device)
-
-    def validate(_):
-        if masks:
-            return readouts.mask_scores(answers(val), target.values[val], target.classes, study.groups[val])[0]["dice"]
-        return metrics.balanced_accuracy(target.values[val], answers(val).argmax(1))
-
-    per_epoch = max(1, len(target.rows["train"]) // args.batch)             # as with all labels, however few there are
-    steps = args.steps or max(1, round(args.epochs * per_epoch))
-    frozen = steps if task == "segment" else min(steps, round(args.freeze * per_epoch))
-    config = loop.Config(steps=steps, batch=args.batch, optimizer="adamw", lr=args.lr, weight_decay=0.01, warmup=steps // 10, clip=5.0,
-                         amp=args.amp, seed=seed, device=args.device)
-    drawn = 1 / np.bincount(target.strata[rows])[target.strata[rows]] if args.resample else None
-    curve = readouts.tune(method, dataset, rows, validate, config, min(per_epoch, max(1, steps // 10)), frozen, drawn, args.head_lr)
-    if task != "segment" and seed == 0 and condition == conditions(args, task)[0]:
-        folder = out / f"{report.plain(model.name)}-{task}"
-        folder.mkdir(parents=True, exist_ok=True)
-        encoders.save(network, folder / "encoder.pt")
-    facts = {"frozen": unchanged(before, network)} if task == "segment" else {}
-    return answers, facts | {"validation": max(score for _, score in curve[1:]), "curve": [(step / per_epoch, score) for step, score in curve]}
-
-
-def build_decoder(study, model, network, classes):
-    """A U-Net decoder, with --transfer encoder+decoder with the weights of the run's own but for its last layer."""
-    fresh = unet.Decoder(network.widths, network.strides, classes)
-    checkpoint = model.file and model.file.parent / "checkpoint.pt"
-    if study.args.transfer == "encoder" or not model.file:
-        return fresh
-    state = files.load_torch(checkpoint)["method"] if checkpoint.is_file() else {}
-    state = {key.removeprefix("decoder."): value for key, value in state.items() if key.startswith("decoder.") and not key.startswith("decoder.out.")}
-    for decoder in (fresh, unet.Decoder(network.widths, network.strides, classes, skips=False)):
-        own = {key: value.shape for key, value in decoder.state_dict().items() if not key.startswith("out.")}
-        if own == {key: value.shape for key, value in state.items()}:
-            decoder.load_state_dict(state, strict=False)
-            return decoder
-    study.note(f"{model.name} left no U-Net decoder of this shape: its decoder starts random")
-    return fresh
 
 
 # ---- for other programs

@@ -28,8 +28,8 @@ from medssl.common import augment, cli, data, encoders, feed, files, loop, metri
 
 # On the built-in set these stand in for a method's RECIPE: small, and about two minutes on two CPU cores.
 PHANTOM_PRESET = {"encoder": "tiny", "size": 64, "batch": 64, "steps": 600, "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.01, "warmup": 40,
-                  "settings": {"queue_size": 1024, "momentum": 0.99}}
-FILLED = ("encoder", "augment", "decoder", "small", "channels", "parts", "weights")     # words that are not set with --set
+                  "settings": {"queue_size": 1024, "momentum": 0.99, "width": 64, "prototypes": 100, "freeze": 40}}
+FILLED = ("encoder", "augment", "decoder", "small", "channels", "size", "parts", "weights")     # words that are not set with --set
 
 
 def main(argv=None):
@@ -54,6 +54,9 @@ def main(argv=None):
     plan["stem"] = plan["stem"] or ("small" if size < 40 else "default")
     encoder = encoders.build(plan["encoder"], channels, plan["stem"], dataset.mean, dataset.std)
     method = build(names, encoder, size, channels, plan, args)
+    for name, part in getattr(method, "parts", {}).items():
+        if hasattr(part, "when_together"):
+            say(f"note on {name} beside others: {part.when_together}")
     first = copy.deepcopy(encoder).to(device)                               # what the trained encoder has to beat
     if args.init:
         matched, total = encoders.load(args.init, encoder)
@@ -78,10 +81,24 @@ def main(argv=None):
                     record.update(monitor.look(method))
                 history.append(dict(record))
                 bar.set_postfix(monitor.summary(record), refresh=False)
+                if len(history) == 2 and rank == 0:                         # the first rate still holds the start
+                    minutes = (config.steps - record["step"]) * config.batch / record["images_per_s"] / 60
+                    bar.write(f"about {minutes:.1f} minutes to go; {memory(device):.1f} GiB of memory in use")
     finally:
         bar.close()
     if rank == 0 and history:
         report(method, monitor, history, out, dataset, config, time.perf_counter() - started, say)
+
+
+def memory(device):
+    """Peak memory in GiB: the GPU's where there is one, else the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource                                                     # not on Windows
+    except ImportError:
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def parse(argv):
@@ -220,8 +237,7 @@ def build(names, encoder, size, channels, plan, args):
         cli.check_settings(own, signature, FILLED, name)
         words = {k: v for k, v in plan["settings"].items() if k in signature.parameters} | own
         view = args.views or recipe["views"]
-        if "channels" in signature.parameters:
-            words["channels"] = channels
+        words |= {k: v for k, v in {"channels": channels, "size": size}.items() if k in signature.parameters}
         if "small" in signature.parameters and "views_small" in recipe:     # 96 beside 224 pixels
             words["small"] = augment.build(recipe["views_small"], max(16, round(size * 96 / 224)))
         if "decoder" in signature.parameters:

@@ -53,7 +53,7 @@ RECIPE = {                       # the released configuration
     "batch": 64,
     "epochs": 300,               # there with a rate that rises slowly, here with a cosine
     "warmup": 0,
-    "views": "ct",               # released: crops of 0.2 to 1 and two random operations on intensity or geometry
+    "views": "contrastive",      # MoCo v2's; released: crops of 0.2 to 1 and two random operations on intensity or geometry
     "size": 336,
 }
 

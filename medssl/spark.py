@@ -60,6 +60,8 @@ RECIPE = {                       # Wolf et al. 2023: the paper's released settin
 class SparK(nn.Module):
     """Masked image modelling for convolutional networks."""
 
+    when_together = "the encoder's BatchNorm statistics mix masked and whole images; re-estimate them before frozen features are used"
+
     def __init__(self, encoder, augment, channels=1, mask_ratio=0.6, width=768, cell=None, eps=1e-4,
                  normalise_prediction=False):
         super().__init__()

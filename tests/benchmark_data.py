@@ -1,10 +1,12 @@
-"""How fast and how large opening a folder is: `python tests/benchmark_data.py [COUNT]` (50,000 images, some minutes and 2 GB of disk).
+"""How fast and how large opening a folder is: `python tests/benchmark_data.py [COUNT]`
+(50,000 images by default: some minutes and 2 GB of disk).
 
 It makes gray 128 x 128 PNGs in a temporary folder, which it deletes again, and prints
-    decoding    images a second of data.load with an empty cache, beside a plain loop over Pillow on as many threads: one image a task, and 32 images a
-                task, which spares much of the threads' mutual waiting. (Small images are the hard case: the larger, the more Pillow itself weighs.)
+    decoding    images a second of data.load with an empty cache, beside a plain loop over Pillow on as many threads:
+                one image a task, and 32 images a task, which spares much of the threads' mutual waiting. (Small images
+                are the hard case: the larger they are, the more Pillow itself weighs.)
     opening     seconds of data.load with a filled cache, in a new process
-    memory      anonymous memory of a process that has opened COUNT/10 and COUNT images, and its peak while decoding them
+    memory      anonymous memory of a process that opened COUNT/10 and COUNT images, and its peak while decoding them
 """
 import json
 import shutil
@@ -29,7 +31,8 @@ def make(folder, numbers):
     """Smooth shapes with noise: about 11 KB each."""
     for number in numbers:
         rng = np.random.default_rng(number)
-        smooth = np.asarray(Image.fromarray(rng.integers(0, 256, (16, 16), np.uint8)).resize((SIZE, SIZE), Image.BICUBIC)).astype(int)
+        coarse = Image.fromarray(rng.integers(0, 256, (16, 16), np.uint8))
+        smooth = np.asarray(coarse.resize((SIZE, SIZE), Image.BICUBIC)).astype(int)
         noisy = (smooth + rng.integers(-6, 7, smooth.shape)).clip(0, 255).astype(np.uint8)
         Image.fromarray(noisy).save(folder / f"{number % 10}" / f"{number:06d}.png")
 
@@ -64,12 +67,13 @@ def child(folder, cache):
     dataset = data.load(folder, cache=cache)
     seconds = time.perf_counter() - start
     done.set()
-    print(json.dumps({"count": len(dataset), "seconds": seconds, "grown": anonymous() - before, "peak": peak[0] - before}))
+    grown = anonymous() - before
+    print(json.dumps({"count": len(dataset), "seconds": seconds, "grown": grown, "peak": peak[0] - before}))
 
 
 def opened(folder, cache):
-    output = subprocess.run([sys.executable, __file__, "--child", folder, cache], check=True, capture_output=True, text=True).stdout
-    return json.loads(output.splitlines()[-1])
+    command = [sys.executable, __file__, "--child", folder, cache]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
 def main(count):
@@ -82,22 +86,24 @@ def main(count):
             with ThreadPoolExecutor(data.workers()) as pool:
                 list(pool.map(lambda first: make(folder, range(first, number, 16)), range(16)))
         files = sorted(map(str, few.rglob("*.png")))
-        speeds = []                                                         # in turn, as other programs may slow the machine down
+        speeds = []                                                         # in turn: other programs may interfere
         for repeat in range(5):
-            runs = (lambda: data.load(few, cache=root / f"cache{repeat}"), lambda: plain_loop(files, 1), lambda: plain_loop(files, 32))
+            runs = (lambda: data.load(few, cache=root / f"cache{repeat}"),
+                    lambda: plain_loop(files, 1), lambda: plain_loop(files, 32))
             speeds.append([])
             for run in runs:
                 start = time.perf_counter()
                 run()
                 speeds[-1].append(len(files) / (time.perf_counter() - start))
         ours, single, chunked = np.median(speeds, 0)
-        print(f"decoding   {ours:.0f} images/s; plain loop {single:.0f} ({ours / single:.2f} times), in chunks of 32 {chunked:.0f} "
-              f"({ours / chunked:.2f} times); {data.workers()} threads, medians of 5")
+        print(f"decoding   {ours:.0f} images/s; plain loop {single:.0f} ({ours / single:.2f} times), in chunks of 32 "
+              f"{chunked:.0f} ({ours / chunked:.2f} times); {data.workers()} threads, medians of 5")
         for folder in few, many:
             first, second = opened(folder, root / "cache"), opened(folder, root / "cache")
-            print(f"opening    {second['count']} images in {second['seconds']:.2f} s from the cache, {first['seconds']:.1f} s the first time")
-            print(f"memory     +{second['grown']:.1f} MB of anonymous memory from the cache; first time +{first['grown']:.1f} MB, at most +{first['peak']:.1f} MB; "
-                  f"the images are {count * SIZE * SIZE / (1 if folder == many else 10) / 1e6:.0f} MB")
+            print(f"opening    {second['count']} images in {second['seconds']:.2f} s from the cache, "
+                  f"{first['seconds']:.1f} s the first time")
+            print(f"memory     +{second['grown']:.1f} MB anonymous from the cache; first time +{first['grown']:.1f} MB, "
+                  f"at most +{first['peak']:.1f} MB; the images are {second['count'] * SIZE * SIZE / 1e6:.0f} MB")
     finally:
         shutil.rmtree(root)
 

@@ -2,8 +2,8 @@
 
     python tests/learning.py [METHOD ...]        about five minutes for all on two CPU cores
 
-What a broken method would also reach is no number to reach: where the loss says little (MoCo's rises while its queue fills, BYOL's and SimSiam's may fall because everything collapses) it is how well the second view of an unseen image
-is found among other images.
+What a broken method would also reach is no number to reach: where the loss says little (MoCo's rises while its queue fills, BYOL's and
+SimSiam's may fall because everything collapses) it is how well the second view of an unseen image is found among other images.
 """
 
 import sys
@@ -41,14 +41,13 @@ LEVELS = {
 }
 
 
-def trained(name, steps, words, dataset, size=SIZE, seed=0, width=None):
-    """A method after `steps` steps, and its last records."""
-    torch.manual_seed(seed)
-    encoder = width or encoders.build("tiny", 1, mean=dataset.mean, std=dataset.std)
-    if name == "spark":                                                     # four cells at 64 pixels are too few to hide some
-        encoder = encoders.build("tiny", 1, "nopool", dataset.mean, dataset.std)
+def trained(name, steps, words, dataset, size=SIZE, encoder=None, lr=1e-3):
+    """A method after `steps` steps, and its last records, averaged."""
+    torch.manual_seed(0)
+    if encoder is None:                                                     # stride 32 leaves SparK four cells at 64 pixels, 16 sixteen
+        encoder = encoders.build("tiny", 1, "nopool" if name == "spark" else "default", dataset.mean, dataset.std)
     method = train.build(name.split("+"), encoder, size, 1, {"settings": {}}, SimpleNamespace(set=words, views=None))
-    config = loop.Config(steps=steps, batch=BATCH, lr=1e-3, optimizer="adamw", weight_decay=0.01, warmup=10, device="cpu", log_every=10)
+    config = loop.Config(steps=steps, batch=BATCH, lr=lr, optimizer="adamw", weight_decay=0.01, warmup=10, device="cpu", log_every=10)
     records = [r for r in loop.fit(method, dataset, config, dataset.rows("train")) if isinstance(r["loss"], float)]
     return method, {key: sum(r[key] for r in records[-4:]) / 4 for key in records[-1] if key != "step"}
 

@@ -1,16 +1,18 @@
 """A set of images, opened as one array with labels, masks, patients and splits.
 
-    dataset = load("phantoms")                  the built-in set
-    dataset = load(path, size=96)               a folder, split.csv, .npz, .npy or prepared folder: sources.py tells how each is read
+    dataset = load("phantoms")          the built-in set
+    dataset = load(path, size=96)       a folder, split.csv, .npz, .npy or prepared folder, see sources.py
 
-Every image is decoded once, by several threads, into a folder of the cache: images.npy (opened as a memory map, so that the set may be larger than
-the memory), masks.npy, and rows.npz with a hash, the original shape and the intensities' moments of each image. The name of that folder holds a
-digest of the path, the options and every file's size and time of change: when one of them changes, the set is decoded anew. Labels, splits and
-groups are not cached but read each time, as editing them should cost nothing.
+Every image is decoded once, by several threads, into a folder of the cache: images.npy (opened as a memory map, so
+that the set may be larger than the memory), masks.npy, and rows.npz with a hash, the original shape and the moments
+of the intensities of each image. The name of that folder holds a digest of the path, the options and every file's
+size and time of change: when one of them changes, the set is decoded anew. Labels, splits and groups are not cached
+but read each time, as editing them should cost nothing.
 
-One channel stays one channel and 16 bits stay 16 bits. Images become squares of `size` pixels: the common size where all are equal and square, else
-the median longer side rounded to a multiple of 32. fit="pad" (default) scales the longer side to `size` and adds black (class 0 in masks) to the
-shorter one, "crop" cuts out the central square first, "squash" ignores the aspect. Masks take the same way, with the nearest pixel's value.
+One channel stays one channel and 16 bits stay 16 bits. Images become squares of `size` pixels: the common size where
+all are equal and square, else the median longer side rounded to a multiple of 32. fit="pad" (default) scales the
+longer side to `size` and adds black (class 0 in masks) to the shorter one, "crop" cuts out the central square first,
+"squash" ignores the aspect. Masks take the same way, with the nearest pixel's value.
 """
 from __future__ import annotations
 
@@ -32,21 +34,21 @@ from tqdm import tqdm
 from medssl.common.sources import NO_MASK, PREPARED, UNPACKED, find
 
 LEARNT_FROM = ("train", "unlabeled")
-SAMPLE = 64                                                                 # images looked at to choose size, channels and depth
+SAMPLE = 64                                                             # images that size, channels, type are chosen by
 CHUNK = 2 ** 20                                                             # pixels that a thread decodes in one go
-STALE = 30                                                                  # seconds without a sign of life from the owner of a lock
+STALE = 30                                                                  # seconds without a sign of life from a lock
 
 
 @dataclass
 class Dataset:
     name: str
-    images: np.ndarray                                                      # (N, C, H, W) uint8 or uint16, in memory or np.memmap
+    images: np.ndarray                                                     # (N, C, H, W) uint8, uint16; maybe np.memmap
     labels: np.ndarray | None = None                                        # (N,) int64 class index, -1 = no label
-    classes: tuple[str, ...] = ()                                           # class names by index; without labels: those of the masks
-    masks: np.ndarray | None = None                                         # (N, H, W) uint8 class indices; all 255 = image without mask
+    classes: tuple[str, ...] = ()                                          # by index; without labels those of the masks
+    masks: np.ndarray | None = None                                       # (N, H, W) uint8 class; all 255 = has no mask
     groups: np.ndarray | None = None                                        # (N,) int64 patient number
     splits: np.ndarray | None = None                                        # (N,) str: train, val, test, unlabeled
-    mean: tuple = (0.0,)                                                    # per channel, of images scaled to [0, 1], over what is learnt from
+    mean: tuple = (0.0,)                                            # per channel, scaled to [0, 1], of rows learnt from
     std: tuple = (1.0,)
 
     def __len__(self):
@@ -58,14 +60,16 @@ class Dataset:
 
 
 def load(path, size=None, channels=None, label="label", cache=None, seed=0, fit="pad", group_by=None):
-    """The data set at `path`, or the built-in "phantoms" drawn from `seed`. `label` names the column of split.csv; `group_by` is a regular expression
-    whose first bracket (or whole match) in the relative path is the patient, or "parent" for the folder that a file lies in."""
+    """The data set at `path`, or the built-in "phantoms" drawn from `seed`. `label` names the column of split.csv;
+    `group_by` is a regular expression whose first bracket (or whole match) in the relative path is the patient, or
+    "parent" for the folder that a file lies in."""
     if str(path) != "phantoms":
         return load_rows(find(path, label, group_by), size, channels, cache, fit)[0]
     from medssl.common import phantoms                                      # it imports Dataset from this file
     dataset = phantoms.make(size=size or 96, seed=seed)
     if channels == 3:
-        return replace(dataset, images=dataset.images.repeat(3, axis=1), mean=dataset.mean * 3, std=dataset.std * 3)    # (N, 3, H, W)
+        images = dataset.images.repeat(3, axis=1)                           # (N, 3, H, W)
+        return replace(dataset, images=images, mean=dataset.mean * 3, std=dataset.std * 3)
     return dataset
 
 
@@ -75,12 +79,14 @@ def load_rows(source, size=None, channels=None, cache=None, fit="pad"):
         raise ValueError(f"fit={fit}: choose pad, crop or squash")
     if channels not in (None, 1, 3):
         raise ValueError(f"channels={channels}: an image has 1 or 3")
+    if size is not None and size < 1:
+        raise ValueError(f"size={size}: images need at least one pixel")
     refuse_leaks(source, source.groups, "group {}")
     folder = Path(source.path)
     if source.kind != PREPARED or not as_asked(folder, size, channels):
         folder = cached(source, size, channels, fit, cache)
     images = np.load(folder / "images.npy", mmap_mode="r")                  # (N, C, H, W)
-    masks = np.load(folder / "masks.npy", mmap_mode="r") if source.masks else None                  # (N, H, W)
+    masks = np.load(folder / "masks.npy", mmap_mode="r") if source.masks else None              # (N, H, W)
     with np.load(folder / "rows.npz", allow_pickle=False) as stored:
         rows = {key: stored[key] for key in stored.files}
 
@@ -114,7 +120,8 @@ def numbered(values):
 
 
 def refuse_leaks(source, keys, what, hint=""):
-    """Error when rows of two splits share a key ("" or 0 = no key). Train and unlabeled count as one: both are learnt from."""
+    """Error when rows of two splits share a key ("" or 0 = no key). Train and unlabeled count as one: both are learnt
+    from. An .npz is a published set that can only be taken as it is: there it is a warning."""
     first, leaks = {}, []
     for row, (key, split) in enumerate(zip(keys or [], source.splits or [])):
         other = source.splits[first.setdefault(key, row)]
@@ -126,48 +133,51 @@ def refuse_leaks(source, keys, what, hint=""):
                 f"{source.names[b]} ({source.splits[b]}){more}{hint.format(source.path)}")
         if source.kind != "npz":
             raise ValueError(f"{source.path}: {line}")
-        print(f"{source.name}: warning: {line}")                            # a published set can only be taken as it is
+        print(f"{source.name}: warning: {line}")
 
 
 SAME_IMAGE = "the same image", "; `python -m medssl.common.data {} --to FOLDER --dedupe` keeps one of them"
 
 
 def split(dataset, fractions=(0.7, 0.1, 0.2), seed=0):
-    """The data set with new splits train, val and test. Groups stay whole, large ones are dealt first; each goes where its classes are missing most."""
+    """The data set with new splits train, val, test. Groups stay whole; they are dealt in random order, large ones
+    first, each to the split that is emptiest of the group's classes."""
     fractions = check_fractions(fractions)                                  # (3,)
-    labels = np.zeros(len(dataset), int) if dataset.labels is None else dataset.labels + 1               # unlabelled rows are dealt evenly too
-    group = np.arange(len(dataset)) if dataset.groups is None else np.unique(dataset.groups, return_inverse=True)[1]
+    labels = np.zeros(len(dataset), int) if dataset.labels is None else dataset.labels + 1      # no label: a class, too
+    groups = np.arange(len(dataset)) if dataset.groups is None else dataset.groups
+    group = np.unique(groups, return_inverse=True)[1]
     counts = np.zeros((group.max() + 1, labels.max() + 1))                  # (groups, classes)
     np.add.at(counts, (group, labels), 1)
-    share = counts / counts.sum(0).clip(1)                                  # of all rows of the class, so that rare classes weigh as much
+    share = counts / counts.sum(0).clip(1)                                  # so that rare classes weigh as much
     order = np.random.default_rng(seed).permutation(len(counts))
     order = order[np.argsort(-counts[order].sum(1), kind="stable")]
     allowed = np.flatnonzero(fractions)
-    full = np.zeros((len(allowed), counts.shape[1]))                        # (splits, classes) how full each split is of each class
+    full = np.zeros((len(allowed), counts.shape[1]))                        # how full each split is of each class
     side = np.empty(len(counts), int)
     for g in order:
-        step = share[g] / fractions[allowed, None]
+        step = share[g] / fractions[allowed, None]                          # (splits, classes)
         best = ((full + step / 2) @ share[g]).argmin()
         full[best] += step[best]
         side[g] = allowed[best]
-    for empty in set(allowed) - set(side):                                  # few groups: the fullest split gives its smallest one
+    for empty in set(allowed) - set(side):                                  # few groups: the fullest gives its smallest
         giver = np.bincount(side).argmax()
         if (side == giver).sum() > 1:
             side[min(np.flatnonzero(side == giver), key=lambda g: counts[g].sum())] = empty
     splits = np.array(["train", "val", "test"])[side][group]
     learnt = np.flatnonzero(splits == "train") if fractions[0] else np.arange(len(dataset))
-    mean, std = pooled(np.concatenate([moments(dataset.images[some]) for some in np.array_split(learnt, len(learnt) // 32 + 1)]))
+    parts = np.array_split(learnt, len(learnt) // 32 + 1)
+    mean, std = pooled(np.concatenate([moments(dataset.images[part]) for part in parts]))
     return replace(dataset, splits=splits, mean=mean, std=std)
 
 
 def check_fractions(fractions):
     fractions = np.array(fractions, dtype=float)
     if fractions.shape != (3,) or (fractions < 0).any() or abs(fractions.sum() - 1) > 1e-6:
-        raise ValueError(f"split {' '.join(map(str, fractions))}: wanted are three shares, of train, val and test, that add up to 1")
+        raise ValueError(f"split {' '.join(map(str, fractions))}: give shares of train, val and test that add up to 1")
     return fractions
 
 
-# ---- decoding ------------------------------------------------------------------------------------------------------------------------------------
+# ---- decoding
 
 def cached(source, size, channels, fit, cache):
     """Folder with the decoded set. The first process to come decodes, the others wait for it."""
@@ -181,7 +191,7 @@ def cached(source, size, channels, fit, cache):
     with lock(root / f"{stem}.lock"):
         if folder.is_dir():                                                 # another process was faster
             return folder
-        for old in root.glob(f"{stem}-*"):                                  # the set as it was before a file changed, or half a one
+        for old in root.glob(f"{stem}-*"):                                  # from before a file changed, or half built
             shutil.rmtree(old, ignore_errors=True)
         part = root / f"{stem}-{os.getpid()}.part"
         part.mkdir()
@@ -212,14 +222,14 @@ def stamps(source):
 
 def complain(source, problems):
     if problems:
-        raise ValueError(f"{source.path}: {len(problems)} of {len(source.names)} images cannot be used: {'; '.join(problems[:10])}"
-                         f"{'; ...' if len(problems) > 10 else ''}. "
+        listed = "; ".join(problems[:10]) + ("; ..." if len(problems) > 10 else "")
+        raise ValueError(f"{source.path}: {len(problems)} of {len(source.names)} images cannot be used: {listed}. "
                          f"`python -m medssl.common.data {source.path} --to FOLDER --skip-unreadable` leaves them out")
 
 
 @contextmanager
 def lock(path):
-    """One process at a time. The owner touches the file while it lives, so a lock that was left behind by a killed process is recognised."""
+    """One process at a time. The owner touches the file while it lives, so that a lock left behind is recognised."""
     seen, since = None, time.monotonic()
     while True:
         try:
@@ -251,18 +261,21 @@ def workers():
 
 def build(source, folder, size, channels, fit):
     """Decodes every image of a source into images.npy, masks.npy, rows.npz and info.json in this folder."""
-    pool = ThreadPoolExecutor(workers())                                    # Pillow, zlib and numpy's loops let other threads run
+    pool = ThreadPoolExecutor(workers())                                    # Pillow and numpy let other threads run
     try:
         read, read_mask = source.open(folder)
         count, asked = len(source.names), channels
         size, channels, dtype = plan(source, read, size, channels, pool)
         needed = count * size * size * (channels * dtype.itemsize + bool(source.masks))
         if needed > shutil.disk_usage(folder).free:
-            raise ValueError(f"{folder.parent}: the decoded set takes {needed / 1e9:.1f} GB, more than is free; pick another place with --cache")
+            raise ValueError(f"{folder.parent}: {needed / 1e9:.1f} GB of decoded images do not fit here; see --cache")
         images = np.lib.format.open_memmap(folder / "images.npy", "w+", dtype, (count, channels, size, size))
-        masks = np.lib.format.open_memmap(folder / "masks.npy", "w+", np.uint8, (count, size, size)) if source.masks else None
-        hashes, shapes, sums = np.zeros(count, np.uint64), np.zeros((count, 2), np.int32), np.zeros((count, 2, channels))
-        masked, values = np.zeros(count, bool), np.zeros(256, np.int64)      # how often masks hold each value
+        masks = None
+        if source.masks:
+            masks = np.lib.format.open_memmap(folder / "masks.npy", "w+", np.uint8, (count, size, size))
+        hashes, shapes = np.zeros(count, np.uint64), np.zeros((count, 2), np.int32)
+        sums, masked = np.zeros((count, 2, channels)), np.zeros(count, bool)
+        chunk = max(1, CHUNK // (size * size * channels))
 
         def decode(first):
             """One chunk; returns what is wrong with its images, and how often its masks hold each value."""
@@ -271,20 +284,21 @@ def build(source, folder, size, channels, fit):
                 try:
                     image = pixels(read(row), source.names[row], dtype)
                     if image.ndim == 3 and channels == 1 and not asked:
-                        raise ValueError(f"{source.names[row]}: in colour, where others are gray: choose --channels 1 or 3")
+                        raise ValueError(f"{source.names[row]}: in colour, others are gray: choose --channels 1 or 3")
                     images[row] = planes(fitted(image, size, fit), channels)
                     hashes[row], shapes[row] = pixel_hash(image), image.shape[:2]
-                    if masks is not None:
-                        mask = class_indices(read_mask(row), image, source, row)
-                        masks[row], masked[row] = NO_MASK if mask is None else fitted(mask, size, fit, Image.NEAREST), mask is not None
-                        values += 0 if mask is None else np.bincount(mask.ravel(), minlength=256)
+                    mask = class_indices(read_mask(row), image, source, row)
+                    if mask is not None:
+                        masks[row], masked[row] = fitted(mask, size, fit, Image.NEAREST), True
+                        values += np.bincount(mask.ravel(), minlength=256)
+                    elif source.masks:
+                        masks[row] = NO_MASK
                 except (ValueError, OSError) as error:
                     wrong.append(str(error))
             sums[rows.start:rows.stop] = moments(images[rows.start:rows.stop])
             return wrong, values
 
-        chunk = max(1, CHUNK // (size * size * channels))
-        problems, starts = [], range(0, count, chunk)
+        problems, values, starts = [], np.zeros(256, np.int64), range(0, count, chunk)
         with tqdm(total=count, desc=f"decoding {source.name}", unit=" images", leave=False) as bar:
             for first, (wrong, seen) in zip(starts, pool.map(decode, starts)):
                 problems, values = problems + wrong, values + seen
@@ -294,17 +308,15 @@ def build(source, folder, size, channels, fit):
     complain(source, problems)
     other = int((shapes != size).any(1).sum())
     notes = [f"{other} of {count} images are not {size} x {size}: {FITTING[fit]}"] if other else []
-    mask_classes = ()
-    if source.masks:
-        mask_classes, mapped = settle_masks(source.path, masks, masked, values)
-        notes += mapped
-    for note in notes:
-        print(f"{source.name}: {note}")
+    mask_classes, note = settle_masks(source.path, masks, masked, values) if source.masks else ((), [])
+    for line in notes + note:
+        print(f"{source.name}: {line}")
     np.savez(folder / "rows.npz", hashes=hashes, shapes=shapes, moments=sums)
-    (folder / "info.json").write_text(json.dumps({"mask_classes": mask_classes, "notes": notes}))
+    (folder / "info.json").write_text(json.dumps({"mask_classes": mask_classes, "notes": notes + note}))
 
 
-FITTING = {"pad": "scaled by their longer side and padded with black", "crop": "central square cut out and scaled", "squash": "squashed to a square"}
+FITTING = {"pad": "scaled by their longer side and padded with black", "crop": "central square cut out and scaled",
+           "squash": "squashed to a square"}
 
 
 def plan(source, read, size, channels, pool):
@@ -313,10 +325,11 @@ def plan(source, read, size, channels, pool):
         try:
             return pixels(read(row), source.names[row])
         except (ValueError, OSError):
-            return np.zeros((0, 0), np.uint8)                               # decoding lists it together with all others that fail
+            return np.zeros((0, 0), np.uint8)                              # decoding lists it with all others that fail
     sample = sorted(set(np.linspace(0, len(source.names) - 1, SAMPLE).astype(int)))
-    seen = [(image.shape, image.dtype) for image in pool.map(look, sample) if image.size] or [((32, 32), np.dtype(np.uint8))]
-    return size or common_size([shape for shape, _ in seen]), channels or max(3 if len(shape) == 3 else 1 for shape, _ in seen), seen[0][1]
+    seen = [image for image in pool.map(look, sample) if image.size] or [np.zeros((32, 32), np.uint8)]
+    size = size or common_size([image.shape for image in seen])
+    return size, channels or max(3 if image.ndim == 3 else 1 for image in seen), seen[0].dtype
 
 
 def common_size(shapes):
@@ -327,10 +340,10 @@ def common_size(shapes):
 def pixels(image, name, dtype=None):
     """The image if it is one: (rows, columns) or (rows, columns, 3) of 8 or 16 bits, like the others of its set."""
     if image.ndim != 2 and (image.ndim != 3 or image.shape[2] != 3):
-        raise ValueError(f"{name}: a stack or volume of shape {image.shape}, not one image: it has to be prepared (--to)")
+        raise ValueError(f"{name}: a stack or volume of shape {image.shape}, not one image: prepare it first (--to)")
     image = image.astype(np.uint8) * 255 if image.dtype == bool else image
     if image.dtype not in (np.uint8, np.uint16):
-        raise ValueError(f"{name}: {image.dtype} pixels have no fixed range: it has to be prepared (--to, with --window or --percentiles)")
+        raise ValueError(f"{name}: {image.dtype} pixels have no fixed range: prepare them first (--to, --window)")
     if dtype is not None and image.dtype != dtype:
         raise ValueError(f"{name}: {image.dtype} pixels, where others have {dtype}: two scales in one set")
     return image
@@ -343,23 +356,27 @@ def class_indices(mask, image, source, row):
     if mask.ndim == 3 and image.ndim >= 2 and mask.shape[2] == 3 and (mask[..., :1] == mask).all():
         mask = mask[..., 0]                                                 # gray saved as colour
     if mask.shape != image.shape[:2]:
-        raise ValueError(f"mask {source.masks[row]} is {' x '.join(map(str, mask.shape))}, but its image {source.names[row]} is "
-                         f"{image.shape[0]} x {image.shape[1]}")
+        raise ValueError(f"mask {source.masks[row]} is {by(mask.shape)}, but its image {source.names[row]} is "
+                         f"{by(image.shape[:2])}")
     if mask.min() < 0 or mask.max() > 255 or (mask.dtype.kind == "f" and (mask % 1 != 0).any()):
-        raise ValueError(f"mask {source.masks[row]} holds values from {mask.min()} to {mask.max()}, not class indices 0, 1, 2, ...")
+        raise ValueError(f"mask {source.masks[row]} holds values from {mask.min()} to {mask.max()}, not class indices")
     return mask.astype(np.uint8)
 
 
+def by(shape):
+    return " x ".join(map(str, shape))
+
+
 def settle_masks(path, masks, masked, values):
-    """Names of the mask classes, and a note if 0 and 255 became 0 and 1. `values` counts how often each pixel value occurs."""
+    """Names of the mask classes, and a note if 0 and 255 became 0 and 1. `values` counts each value's pixels."""
     found = np.flatnonzero(values)
     if set(found) <= {0, 255} and 255 in found:
         for row in np.flatnonzero(masked):
             masks[row] //= 255
         return ("0", "1"), ["masks hold 0 and 255: read as classes 0 and 1"]
     if list(found) != list(range(len(found))):
-        raise ValueError(f"{path}: masks hold the values {' '.join(map(str, found[:20]))}; class indices run 0, 1, 2, ... without a gap "
-                         "(0 = background): renumber them")
+        raise ValueError(f"{path}: masks hold the values {' '.join(map(str, found[:20]))}; class indices run 0, 1, 2, "
+                         "... without a gap (0 = background): renumber them")
     return tuple(map(str, found)), []
 
 
@@ -386,7 +403,7 @@ def resized(image, rows, columns, method):
         return image
     if image.dtype == np.uint8:
         return np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize((columns, rows), method))
-    layers = [image[..., c] for c in range(3)] if image.ndim == 3 else [image]                          # Pillow resizes 16 bits only as floats
+    layers = [image[..., c] for c in range(3)] if image.ndim == 3 else [image]                 # 16 bits: only as floats
     layers = [np.asarray(Image.fromarray(layer.astype(np.float32)).resize((columns, rows), method)) for layer in layers]
     return np.rint(np.stack(layers, -1)).astype(image.dtype).reshape(rows, columns, *image.shape[2:])
 
@@ -400,7 +417,7 @@ def planes(image, channels):
 
 def gray(image):
     """Luminance of a colour image, in its own type."""
-    return np.rint(image @ np.array([0.299, 0.587, 0.114], np.float32)).astype(image.dtype)              # (rows, columns)
+    return np.rint(image @ np.array([0.299, 0.587, 0.114], np.float32)).astype(image.dtype)     # (rows, columns)
 
 
 def pixel_hash(image):
@@ -408,7 +425,7 @@ def pixel_hash(image):
     pixels = image.tobytes()
     if pixels == image[:1, :1].tobytes() * (image.shape[0] * image.shape[1]):
         return 0
-    return int.from_bytes(hashlib.sha1(pixels, usedforsecurity=False).digest()[:8], "big")             # on most processors the fastest
+    return int.from_bytes(hashlib.sha1(pixels, usedforsecurity=False).digest()[:8], "big")     # sha1: often the fastest
 
 
 def moments(images):
@@ -419,7 +436,7 @@ def moments(images):
 
 
 def pooled(moments):
-    """Mean and standard deviation per channel from the moments of several images (N, 2, C). A constant channel is left alone, so std 1."""
+    """Mean and standard deviation per channel from the moments of images (N, 2, C). A constant channel gets std 1."""
     mean, square = moments.mean(0)
     std = np.sqrt((square - mean ** 2).clip(0))
     return tuple(map(float, mean)), tuple(float(s) if s > 1e-4 else 1.0 for s in std)

@@ -3,7 +3,6 @@
 Frozen read-outs        knn, linear_probe (on features extracted once), Segmenter with a LinearHead
 Trained read-outs       Classifier, Segmenter with a U-Net decoder; both keep to the contract of a method and train through loop.fit
 Choosing                every choice (L2, epoch) is made on validation rows; none of these functions ever sees a test row before it is made
-Rows to learn from      in_order, beginning, thinned: nested, stratified subsets by patient, and a rare class made rarer
 """
 
 import copy
@@ -257,7 +256,7 @@ def class_scores(labels, shares, classes, groups):
 
     def again(rows):
         draw = [metrics.balanced_accuracy(labels[rows], predictions[rows])]
-        return np.array(draw + [metrics.auc(labels[rows], shares[rows])] * two)
+        return np.array(draw + [metrics.auc(labels[rows], shares[rows])] if two else draw)
     return scores, again, groups
 
 
@@ -283,47 +282,3 @@ def mask_scores(predictions, masks, classes, groups):
 
 def mean_by_class(values):
     return metrics.ratio(np.nansum(values, 0), (~np.isnan(values)).sum(0))
-
-
-# ---- rows to learn from
-
-def in_order(rows, groups, strata, seed, tries=16):
-    """The rows patient by patient, in an order whose every beginning holds the strata (classes) in about their shares of the whole: of the next
-    `tries` patients of a shuffled list, the one that brings the shares nearest comes first. So subsets are nested, by patient and stratified."""
-    _, member = np.unique(groups, return_inverse=True)
-    strata = np.unique(strata, return_inverse=True)[1]
-    counts = np.zeros((member.max() + 1, strata.max() + 1))                 # (patients, strata)
-    np.add.at(counts, (member, strata), 1)
-    whole, total = counts.sum(0) / counts.sum(), np.zeros(counts.shape[1])
-    left, chosen = list(np.random.default_rng(seed).permutation(len(counts))), []
-    while left:
-        after = total + counts[left[-tries:]]                               # (tries, strata)
-        away = ((after / after.sum(1, keepdims=True) - whole) ** 2 / whole).sum(1)
-        chosen.append(left.pop(len(left) - len(away) + int(away.argmin())))
-        total += counts[chosen[-1]]
-    if len(chosen) == len(rows):
-        place = np.empty(len(chosen), int)
-        place[member] = np.arange(len(rows))
-        return rows[place[chosen]]
-    members = np.split(np.argsort(member, kind="stable"), np.cumsum(np.bincount(member))[:-1])
-    return np.concatenate([in_order(rows[own], own, strata[own], seed, tries) for own in (members[g] for g in chosen)])
-
-
-def beginning(order, groups, amount):
-    """The first rows of an order: "0.25" the whole patients that come nearest to this share of the images, "7n" seven images, and with them the
-    patients begun. groups: the patient of each row in this order."""
-    if amount.endswith("n"):
-        if int(amount[:-1]) > len(order):
-            raise ValueError(f"--labels {amount}: there are {len(order)} labelled training images")
-        return order[:int(amount[:-1])]
-    ends = np.append(np.flatnonzero(groups[1:] != groups[:-1]) + 1, len(order))
-    return order[:ends[np.abs(ends - float(amount) * len(order)).argmin()]]
-
-
-def thinned(order, labels, rare, ratio):
-    """The first rows of each class: as many of every class as there are of the rare one, and of that one 1 / ratio as many. labels: of these rows."""
-    most = (labels == rare).sum()
-    place = np.empty(len(order), int)                                       # how many of its class came before
-    for c in np.unique(labels):
-        place[labels == c] = np.arange((labels == c).sum())
-    return order[place < np.where(labels == rare, max(1, round(most / ratio)), most)]

@@ -58,7 +58,7 @@ def write(study, records, cells, tasks, out):
     write_csv(records, out)
     pictures = draw(study, records, found, out)
     for task in dict.fromkeys(task for task, _ in cells):
-        print_table(study, task, [c for c in found if c["task"] == task], records)
+        print_table(study, task, [c for c in found if c["task"] == task], differences, records)
     print_pairs(study, differences)
     print(f"in {out}: results.json, results.csv; pictures {', '.join(pictures)}")
 
@@ -159,20 +159,20 @@ def bracket(ends):
     return f" [{number(ends[0])}, {number(ends[1])}]" if all(map(math.isfinite, ends)) else ""
 
 
-def print_table(study, task, cells, records):
+def print_table(study, task, cells, differences, records):
     """One line per cell. The first score with spread over seeds and interval; what it gains over the random row; the other scores' means."""
     heads = headlines(next(r for r in records if r["task"] == task))
     first, *others = COLUMNS[task]
     others += [key for key in cells[0]["scores"] if key.startswith("recall ")] if any(c["imbalance"] for c in cells) else []
-    lines = [["encoder", "" if task == "collapse" else "learnt from", f"{SHORT.get(first, first)} ± seeds [95 %]"]
-             + ["over random"] * bool(heads) + [SHORT.get(key, key) for key in others]]
+    lines = [["encoder", "" if task == "collapse" else "learnt from", f"{SHORT.get(first, first)} ± seeds" + " [95 %]" * bool(heads)]
+             + ["over random [95 %]"] * bool(heads) + [SHORT.get(key, key) for key in others]]
     for cell in cells:
         score, base = cell["scores"][first], base_of(study, cell["model"])
         spread = f" ± {number(score['spread'])}" if math.isfinite(score["spread"]) else ""
         line = [cell["model"], f"{describe((cell['labels'], cell['imbalance'], cell['augment']))} ({cell['train_images']:.0f} images)" if heads else "",
                 number(score["mean"]) + spread + (bracket(cell["interval"][first]) if heads else "")]
         if heads:
-            line.append("" if cell["model"] == base else over(cells, cell, base, first))
+            line.append("" if cell["model"] == base else over(differences, cell, base, first))
         lines.append(line + [number(cell["scores"][key]["mean"]) for key in others])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     print(f"\n{task}: {'encoder frozen: unchanged, the same hash before and after' if frozen(records, task) else 'encoder trained'}")
@@ -184,16 +184,18 @@ def frozen(records, task):
     return all("frozen" in r for r in records if r["task"] == task)
 
 
-def over(cells, cell, base, metric):
+def over(differences, cell, base, metric):
     same = ("task", "labels", "imbalance", "augment")
-    other = next((c for c in cells if c["model"] == base and all(c[k] == cell[k] for k in same)), None)
-    return number(cell["scores"][metric]["mean"] - other["scores"][metric]["mean"], "+") if other else "n/a"
+    for d in differences:
+        if (d["first"], d["second"], d["metric"]) == (cell["model"], base, metric) and all(d[k] == cell[k] for k in same):
+            return number(d["mean"], "+") + bracket(d["interval"])
+    return "n/a"
 
 
 def print_pairs(study, differences):
     """Differences between the encoders that are not random."""
     random = {m.name for m in study.models if not m.file}
-    shown = [d for d in differences if d["first"] not in random]
+    shown = [d for d in differences if not {d["first"], d["second"]} & random]
     if shown:
         print("\npaired differences [95 % by patient] (± 95 % over seeds)")
     for d in shown:

@@ -1,14 +1,16 @@
 """What a path holds, before any pixel is decoded: the images' names, labels, masks, splits and groups.
 
-    folder          images at any depth; one folder per class; images/ beside masks/ (or labels/); train/, val/, test/ above any of these
-    split.csv       in the folder: columns file, label, split, group, ...; a label is a class, the path of a mask, or empty
+    folder          images at any depth; one folder per class; images/ beside masks/ (or labels/);
+                    train/, val/, test/ above any of these
+    split.csv       in the folder: columns file, label, split, group, ...; a label is a class, a mask's path, or empty
     set.npz         MedMNIST: train_images, train_labels, val_images, ...
     stack.npy       (N, rows, columns), (N, rows, columns, 3) or (N, channels, rows, columns)
     prepared        what `python -m medssl.common.data PATH --to prepared` wrote (see prepare.py)
 
-How a plain folder is read: pictures exactly one folder deep belong to the class that the folder is named after; pictures that lie deeper have no
-label, and the folder they lie in is their group. A group is whatever must not be torn apart by a split: a patient, a smear, a volume. A mask
-belongs to the image of the same name in images/.
+How a plain folder is read: pictures exactly one folder deep belong to the class that the folder is named after;
+pictures that lie deeper, and volumes in folders, have no label, and the folder they lie in is their group. A group is
+whatever must not be torn apart by a split: a patient, a smear, a volume. A mask belongs to the image of the same name
+in images/.
 """
 from __future__ import annotations
 
@@ -26,28 +28,29 @@ from PIL import Image
 
 from medssl.common import readers
 
-FLAT, SOLID = readers.IMAGES + (".npy",), readers.VOLUMES + readers.DICOM  # pictures; volumes, which have to be prepared
-SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test", "testing": "test",
-          "unlabeled": "unlabeled", "unlabelled": "unlabeled"}
+FLAT = readers.IMAGES + (".npy",)                                           # endings of pictures
+SOLID = readers.VOLUMES + readers.DICOM                                     # of what has to be prepared first
+SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
+          "test": "test", "testing": "test", "unlabeled": "unlabeled", "unlabelled": "unlabeled"}
 PREPARED = "prepared folder"
-ARRAYS = ("npz", "npy", PREPARED)                                           # kinds of set whose images are rows of an array, not files
+ARRAYS = ("npz", "npy", PREPARED)                                           # sets whose images are rows, not files
 NO_MASK = 255
-UNPACKED = "unpacked"                                                       # temporary folder inside that of a set being built
+UNPACKED = "unpacked"                                                       # folder that is deleted after decoding
 
 
 @dataclass
 class Source:
-    """What a path was found to hold, before any pixel is decoded. Every list has one entry per image."""
+    """What was found. Every list has one entry per image."""
     path: str
     kind: str                                                               # in words
     names: list                                                             # what messages call each image
     files: list                                                             # every file whose change must be noticed
-    open: Callable                                                          # open(folder) -> read(row), read_mask(row) or None for no mask
+    open: Callable                                                          # open(folder) -> read(row), read_mask(row)
     labels: list | None = None                                              # class names, "" = none
     groups: list | None = None                                              # "" = a group of its own
     splits: list | None = None
     masks: list | None = None                                               # paths, "" = none
-    volumes: tuple | list = ()                                              # the names that are volumes, not single images
+    volumes: tuple | list = ()                                              # names of volumes among the images
 
     @property
     def name(self):
@@ -75,11 +78,12 @@ def find(path, label="label", group_by=None, volumes=False):
     elif kind in SOLID:
         source = from_files(path, "one volume", [path.name], [str(path)])
     else:
-        raise ValueError(f"{path}: a set is a folder, a split.csv, a .npz or a .npy, not a single {kind or 'unnamed'} file")
+        raise ValueError(f"{path}: a set is a folder, split.csv, .npz or .npy, not a single {kind or 'unnamed'} file")
     if label != "label" and source.kind not in ("split.csv", PREPARED):
         raise ValueError(f"{path}: label={label} picks a column of a split.csv, and there is none")
     if source.volumes and not volumes:
-        raise ValueError(f"{path}: holds volumes ({source.volumes[0]}{', ...' if len(source.volumes) > 1 else ''}): cut them into slices first with "
+        more = ", ..." if len(source.volumes) > 1 else ""
+        raise ValueError(f"{path}: holds volumes ({source.volumes[0]}{more}): cut them into slices first with "
                          f"`python -m medssl.common.data {path} --to FOLDER`, then open FOLDER")
     if group_by:
         source.groups = grouped(source, group_by)
@@ -94,6 +98,7 @@ def is_solid(file):
 
 
 def grouped(source, pattern):
+    """The group of each image, from its name."""
     if source.kind in ARRAYS:
         raise ValueError(f"{source.path}: --group-by looks at file names, and a {source.kind} has none")
     if pattern == "parent":
@@ -102,10 +107,11 @@ def grouped(source, pattern):
         found = [re.search(pattern, name) for name in source.names]
     except re.error as error:
         raise ValueError(f"--group-by {pattern}: not a regular expression ({error})") from None
-    missed = [name for name, match in zip(source.names, found) if not match or not match.group(bool(match.re.groups))]
+    groups = [match and match.group(bool(match.re.groups)) for match in found]
+    missed = [name for name, group in zip(source.names, groups) if not group]
     if missed:
-        raise ValueError(f"--group-by {pattern}: {len(missed)} of {len(found)} names do not match, the first is {missed[0]}")
-    return [match.group(bool(match.re.groups)) for match in found]
+        raise ValueError(f"--group-by {pattern}: does not match {len(missed)} of {len(found)} names, first {missed[0]}")
+    return groups
 
 
 def from_files(path, kind, names, files, masks=None, **lists):
@@ -116,19 +122,19 @@ def from_files(path, kind, names, files, masks=None, **lists):
 
     def open_files(folder):
         return lambda row: read(files[row]), lambda row: read_mask(masks[row]) if masks and masks[row] else None
-    return Source(str(path), kind, names, files + [mask for mask in masks or [] if mask], open_files, masks=masks,
-                  volumes=volumes, **lists)
+    watched = files + [mask for mask in masks or [] if mask]
+    return Source(str(path), kind, names, watched, open_files, masks=masks, volumes=volumes, **lists)
 
 
 def read_mask(path):
-    """Class indices (rows, columns). A palette is only how a mask is shown, so its indices are taken as they are."""
+    """Class indices. A palette is only how a mask is shown, so its indices are taken as they are."""
     if readers.suffix(path) == ".png":
         try:
             with Image.open(path) as picture:
                 if picture.mode == "P":
                     return np.array(picture)
         except OSError:
-            pass                                                            # readers.read knows how to say what is wrong
+            pass                                                            # the reader knows how to say what is wrong
     return readers.read_volume(path)
 
 
@@ -139,13 +145,15 @@ def from_csv(path, label):
             rows, columns = list(reader), reader.fieldnames or []
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a table in UTF-8 with commas ({error})") from None
-    if "file" not in columns or not rows:
-        raise ValueError(f"{path}: " + ("no rows" if "file" in columns else f"no column `file` among {', '.join(columns)} (the delimiter is a comma)"))
+    if "file" not in columns:
+        raise ValueError(f"{path}: no column `file` among {', '.join(columns)} (the delimiter is a comma)")
     if label not in columns and label != "label":
         raise ValueError(f"{path}: no column {label}; there are {', '.join(columns)}")
+    if not rows:
+        raise ValueError(f"{path}: no rows")
     wide = next((number for number, row in enumerate(rows, 2) if None in row), None)
     if wide:
-        raise ValueError(f"{path}: line {wide} has more fields than the header; put quotes around a name that holds a comma")
+        raise ValueError(f"{path}: line {wide} has more fields than the header; quote a name that holds a comma")
 
     def column(name):
         return [row[name].strip() for row in rows] if name in columns else None
@@ -153,61 +161,71 @@ def from_csv(path, label):
     names, splits, chosen = column("file"), column("split"), column(label)
     for number, value in enumerate(splits or [], 2):
         if value.lower() not in SPLITS:
-            raise ValueError(f"{path}: line {number} has split {value or '(empty)'}; choose train, val, test or unlabeled")
+            raise ValueError(f"{path}: line {number}: split `{value}` is none of train, val, test, unlabeled")
     labels, masks = None, None
-    for values in [column("mask"), column("label"), chosen]:                # `--label type` does not take the masks away
+    for values in column("mask"), column("label"), chosen:                  # `label=type` does not take the masks away
         paths = [readers.suffix(value) in FLAT + SOLID for value in values or [] if value]
         if any(paths) and not all(paths):
             raise ValueError(f"{path}: a label column holds both classes and paths of masks ({values[0]}, ...)")
         masks = values if any(paths) else masks
         labels = chosen if paths and not any(paths) and values == chosen else labels
-    folder = os.path.abspath(path.parent)
-    return from_files(path.parent if path.name == "split.csv" else path, "split.csv", names, [os.path.join(folder, name) for name in names],
-                      masks and [mask and os.path.join(folder, mask) for mask in masks], labels=labels,
-                      groups=column("group"), splits=splits and [SPLITS[value.lower()] for value in splits])
+    inside = os.path.dirname(path)
+    return from_files(inside if path.name == "split.csv" else path, "split.csv", names,
+                      [os.path.join(inside, name) for name in names],
+                      masks and [mask and os.path.join(inside, mask) for mask in masks],
+                      labels=labels, groups=column("group"),
+                      splits=splits and [SPLITS[value.lower()] for value in splits])
 
 
 def from_folder(path):
-    names = []
-    for folder, folders, files in os.walk(path, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        inside = sorted(name for name in files if not name.startswith(".") and name.lower().endswith(FLAT + SOLID))
-        below = os.path.relpath(folder, path).replace(os.sep, "/") + "/"
-        if len(inside) > 1 and all(readers.suffix(name) == ".dcm" for name in inside) and is_series(folder, inside):
-            inside, below = [""], below.rstrip("/")                         # a series: the folder is one volume
-        names += [(below + name).removeprefix("./") for name in inside]
+    names = image_names(path)
     if not names:
         raise ValueError(f"{path}: no images found ({' '.join(FLAT + SOLID)})")
-    parts = [name.split("/") for name in names]
-    splits = None
+    parts, splits, masks = [name.split("/") for name in names], None, None
     if all(len(part) > 1 and part[0].lower() in SPLITS for part in parts):
         splits = [SPLITS[part[0].lower()] for part in parts]
         parts = [part[1:] for part in parts]
-    masks = None
     tops = {part[0] for part in parts if len(part) > 1}
     if "images" in tops and tops & {"masks", "labels"}:
-        key = lambda row: (splits and splits[row], *parts[row][1:-1], parts[row][-1].removesuffix(readers.suffix(parts[row][-1])))     # noqa: E731
+        stems = [(splits and splits[row], *part[1:-1], part[-1].removesuffix(readers.suffix(part[-1])))
+                 for row, part in enumerate(parts)]
+        by_stem = {stem: name for stem, name, part in zip(stems, names, parts) if part[0] in ("masks", "labels")}
         rows = [row for row, part in enumerate(parts) if part[0] == "images"]
-        by_stem = {key(row): names[row] for row, part in enumerate(parts) if part[0] in ("masks", "labels")}
-        masks = [by_stem.pop(key(row), "") for row in rows]
-        if by_stem:
-            raise ValueError(f"{path}: {len(by_stem)} masks have no image of the same name, the first is {min(by_stem.values())}")
-        names, parts, splits = [names[row] for row in rows], [parts[row] for row in rows], splits and [splits[row] for row in rows]
+        masks = [by_stem.pop(stems[row], "") for row in rows]
         masks = [mask and os.path.join(path, mask) for mask in masks]
+        if by_stem:
+            raise ValueError(f"{path}: {len(by_stem)} masks have no image of their name, first {min(by_stem.values())}")
+        names, parts, splits = [[values[row] for row in rows] if values else None for values in (names, parts, splits)]
     if all(part[0] == "images" for part in parts):
         parts = [part[1:] for part in parts]
     parents = ["/".join(part[:-1]) for part in parts]
     kind, labels, groups = "images and masks" if masks else "folder of images", None, None
-    if len(set(parents)) > 1:
-        if all(len(part) == 2 for part in parts):
-            kind, labels = "class folders", parents
+    pictures = all(name.lower().endswith(FLAT) for name in names)
+    if len(set(parents)) > 1 and pictures and all(len(part) == 2 for part in parts):
+        kind, labels = "class folders", parents
+    elif len(set(parents)) > 1 and not splits:                              # who made the splits knew the patients
+        groups = parents
+    files = [os.path.join(path, name) for name in names]
+    return from_files(path, kind, names, files, masks, labels=labels, groups=groups, splits=splits)
+
+
+def image_names(path):
+    """Relative paths of all pictures and volumes below a folder, in order."""
+    names = []
+    for folder, folders, files in os.walk(path, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        inside = sorted(name for name in files if not name.startswith(".") and name.lower().endswith(FLAT + SOLID))
+        below = os.path.relpath(folder, path).replace(os.sep, "/")
+        slices = [name for name in inside if name.lower().endswith(readers.DICOM)]
+        if len(slices) == len(inside) > 1 and is_series(folder, slices):
+            names.append(below)                                             # the folder is one volume
         else:
-            groups = parents
-    return from_files(path, kind, names, [os.path.join(path, name) for name in names], masks, labels=labels, groups=groups, splits=splits)
+            names += inside if below == "." else [f"{below}/{name}" for name in inside]
+    return names
 
 
 def is_series(folder, names):
-    """Whether DICOM files of a folder are the slices of one volume (X-rays of many patients are not): the first two tell."""
+    """Whether DICOM files are slices of one volume (X-rays of many patients are not): the first two tell."""
     heads = []
     for path in (os.path.join(folder, name) for name in names[:2]):
         with readers.naming(path):
@@ -217,20 +235,20 @@ def is_series(folder, names):
 
 def from_npz(path):
     with readers.naming(path), np.load(path, allow_pickle=False) as archive:
-        if "train_images" not in archive.files:
-            raise ValueError(f"not a MedMNIST file: no train_images, but {', '.join(archive.files)}")
         parts = [part for part in ("train", "val", "test") if f"{part}_images" in archive.files]
-        if any(f"{part}_labels" not in archive.files for part in parts):
-            raise ValueError(f"not a MedMNIST file: no labels for some of {', '.join(archive.files)}")
+        if "train" not in parts or any(f"{part}_labels" not in archive.files for part in parts):
+            raise ValueError(f"not a MedMNIST file: no train_images or no labels, but {', '.join(archive.files)}")
         columns = [archive[f"{part}_labels"] for part in parts]
     names = [f"{part}_images[{row}]" for part, rows in zip(parts, columns) for row in range(len(rows))]
     splits = [part for part, rows in zip(parts, columns) for _ in rows]
-    labels = np.concatenate(columns).reshape(len(names), -1)                # (N, labels per image); of several none can be the class
+    labels = np.concatenate(columns).reshape(len(names), -1)                # (N, labels per image)
+    classes = list(map(str, labels[:, 0])) if labels.shape[1] == 1 else None    # of several labels none is the class
     ends = np.cumsum([len(rows) for rows in columns])
 
-    def open_npz(folder):                                                   # unpacked to disk, as it may be larger than the memory
+    def open_npz(folder):                                                   # unpacked to disk: may exceed the memory
         with readers.naming(path), zipfile.ZipFile(path) as members:
-            stacks = [open_stack(members.extract(f"{part}_images.npy", Path(folder) / UNPACKED), f"{path}: {part}_images") for part in parts]
+            unpacked = [members.extract(f"{part}_images.npy", Path(folder) / UNPACKED) for part in parts]
+        stacks = [open_stack(file, f"{path}: {part}_images") for file, part in zip(unpacked, parts)]
         if [len(stack) for stack in stacks] != [len(rows) for rows in columns]:
             raise ValueError(f"{path}: not as many labels as images")
 
@@ -238,7 +256,7 @@ def from_npz(path):
             part = np.searchsorted(ends, row, side="right")
             return stacks[part][row - ends[part]]                           # counted from the end
         return read, lambda row: None
-    return Source(str(path), "npz", names, [str(path)], open_npz, list(map(str, labels[:, 0])) if labels.shape[1] == 1 else None, splits=splits)
+    return Source(str(path), "npz", names, [str(path)], open_npz, labels=classes, splits=splits)
 
 
 def open_stack(path, called):
@@ -258,8 +276,8 @@ def open_stack(path, called):
 
 def from_npy(path):
     stack = open_stack(path, path)
-    return Source(str(path), "npy", [f"{path.name}[{row}]" for row in range(len(stack))], [str(path)],
-                  lambda folder: (stack.__getitem__, lambda row: None))
+    names = [f"{path.name}[{row}]" for row in range(len(stack))]
+    return Source(str(path), "npy", names, [str(path)], lambda folder: (stack.__getitem__, lambda row: None))
 
 
 def from_prepared(path, label):
@@ -267,14 +285,16 @@ def from_prepared(path, label):
         table = list(csv.DictReader(file))
     if label not in ("label", json.loads((path / "info.json").read_text())["label"]):
         raise ValueError(f"{path}: prepared without the column {label}; prepare it again with --label {label}")
-    lists = {name + "s": [row[name] for row in table] for name in ("label", "group", "split") if any(row[name] for row in table)}
-    masks = [f"{path / 'masks.npy'}"] * len(table) if (path / "masks.npy").is_file() else None
+    columns = {name: [row[name] for row in table] for name in ("label", "group", "split")}
+    masks = [str(path / "masks.npy")] * len(table) if (path / "masks.npy").is_file() else None
 
     def open_prepared(folder):
-        images, classes = open_stack(path / "images.npy", path), np.load(path / "masks.npy", mmap_mode="r") if masks else None
+        images = open_stack(path / "images.npy", path)
+        classes = np.load(path / "masks.npy", mmap_mode="r") if masks else None
 
         def read_mask(row):
             return classes[row] if classes[row].min() < NO_MASK else None
         return images.__getitem__, read_mask
-    return Source(str(path), PREPARED, [f"image {row}" for row in range(len(table))], [str(path / "info.json"), str(path / "images.npy")],
-                  open_prepared, masks=masks, **lists)
+    return Source(str(path), PREPARED, [f"image {row}" for row in range(len(table))],
+                  [str(path / "info.json"), str(path / "images.npy")], open_prepared, masks=masks,
+                  **{f"{name}s": values for name, values in columns.items() if any(values)})
