@@ -15,17 +15,17 @@ import json
 import math
 import os
 import re
-from collections import namedtuple
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from medssl.common import augment, cli, data, encoders, feed, files, loop, metrics, readouts, report, subsets, unet
+from medssl.common import cli, data, encoders, files, fits, loop, readouts, report, subsets
+from medssl.common.fits import CHOSEN, TARGET, TASKS, TRAINED, Condition, Model, Study
 
 STRENGTHS = [f"S{i}" for i in range(7)]
+
 
 def main(argv=None):
     args = parse(argv)
@@ -33,7 +33,7 @@ def main(argv=None):
     models = [describe(path, args) for path in args.runs]
     study = open_study(args, models, device)
     tasks = choose_tasks(study)
-    out = choose_folder(args, study) if tasks else None
+    study.out = choose_folder(args, study) if tasks else None
     for kind in sorted({TARGET[task] for task in tasks if task in TARGET}):
         study.targets[kind] = subsets.find_target(study.dataset, study.groups, kind, study.note)
     cells = [(task, condition) for task in tasks for condition in conditions(args, task)]
@@ -49,14 +49,14 @@ def main(argv=None):
             for seed, model in itertools.product(range(args.seeds), study.models):
                 for task, condition in cells:
                     bar.set_postfix_str(f"{model.name}, {task}, seed {seed}", refresh=False)
-                    records.append(run_cell(study, task, model, condition, seed, out))
+                    records.append(fits.run(study, task, model, condition, seed))
                     bar.update()
                 study.features.pop(None, None)                              # a random encoder's serve for one seed only
     except KeyboardInterrupt:
         stopped = True
         print("stopped: what was done so far is written")
     if records:
-        report.write(study, records, cells, TASKS, out)
+        report.write(study, records, cells, TASKS)
     if stopped:
         raise KeyboardInterrupt
 
@@ -75,17 +75,17 @@ def parse(argv):
     add("--stem", choices=encoders.STEMS, help="likewise")
     add("--task", nargs="*", choices=TASKS, help="default: knn linear with labels, segment with masks, collapse always")
     add("--labels", nargs="+", type=amount, default=["1.0"], help="shares of the training images (whole patients), or numbers of images such as 7n")
-    add("--imbalance", nargs="+", type=positive_number, default=[None], help="1: all classes cut to the rarest one's size; 10: and of that one a tenth is kept")
+    add("--imbalance", nargs="+", type=one_or_more, default=[None], help="1: all classes cut to the size of the rarest; 10: and of that one a tenth is kept")
     add("--resample", action="store_true", help="draw every class equally often (linear: weigh it; knn: no effect)")
     add("--augment", nargs="+", choices=STRENGTHS, default=["S1"], help="strength under finetune, segment and unet")
     add("--freeze", type=not_negative, default=0, help="epochs with the encoder frozen before finetune and unet release it")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=positive_number, default=10, help="of finetune, segment and unet; an epoch has as many steps with few labels as with all")
+    length.add_argument("--epochs", type=positive_number, default=10, help="an epoch has as many steps with few labels as with all")
     length.add_argument("--steps", type=positive)
     add("--batch", type=positive, default=64)
     add("--lr", type=positive_number, default=1e-3, help="AdamW's")
     add("--head-lr", type=positive_number, help="the head's (default: 10 times --lr for linear heads, --lr for the U-Net decoder)")
-    add("--loss", choices=readouts.LOSSES, help="balanced: cross-entropy with class weights; dice (with cross-entropy; default) and jaccard: masks only")
+    add("--loss", choices=readouts.LOSSES, help="balanced: class weights; dice (and cross-entropy; default) and jaccard: masks")
     add("--transfer", choices=("encoder", "encoder+decoder"), default="encoder", help="what unet takes from a run that had a decoder")
     add("--seeds", type=positive, default=3, help="of subsets, heads, order and the random encoder")
     add("--out", metavar="DIR", help="default: results/NAME, numbered")
@@ -95,8 +95,6 @@ def parse(argv):
     add("--amp", choices=("off", "bf16", "fp16"), default="off", help="while training heads and encoders")
     add("--cache", metavar="DIR", help="where decoded images are kept")
     args = parser.parse_args(argv)
-    if args.freeze and not args.steps and args.freeze >= args.epochs:
-        parser.error(f"--freeze {args.freeze:g} leaves no epoch of --epochs {args.epochs:g} to train the encoder")
     if args.export and len(args.runs) != 1:
         parser.error("--export takes exactly one run or file of weights")
     return args
@@ -120,6 +118,12 @@ def positive_number(text):
     return float(text)
 
 
+def one_or_more(text):
+    if not 1 <= not_negative(text):
+        raise ValueError
+    return float(text)
+
+
 def amount(text):
     if not (re.fullmatch(r"[1-9]\d*n", text) or 0 < float(text) <= 1):
         raise ValueError
@@ -138,6 +142,8 @@ def choose_tasks(study):
         if task in TARGET and getattr(dataset, TARGET[task]) is None:
             able = [t for t in TASKS if t not in TARGET or getattr(dataset, TARGET[t]) is not None]
             raise ValueError(f"--task {task}: {dataset.name} has no {TARGET[task]}; it can be looked at with {', '.join(able)}")
+    if args.imbalance != [None] and not any(TARGET.get(task) == "labels" for task in args.task):
+        raise ValueError(f"--imbalance thins a class of the labels; --task {' '.join(args.task)} does not use them")
     if args.loss in ("dice", "jaccard") and not {"segment", "unet"} & set(args.task):
         raise ValueError(f"--loss {args.loss} is for masks; --task {' '.join(args.task)} takes ce or balanced")
     return list(dict.fromkeys(args.task))
@@ -179,6 +185,7 @@ def describe(path, args):
         return Model(name, *guess(state, args, file), file)
     try:
         config = json.loads((folder / "config.json").read_text())
+        _ = [config["arguments"][key] for key in ("data", "label", "seed")] + [config["data"][key] for key in ("channels", "size")]
         return Model(name, config["encoder"]["name"], config["encoder"]["stem"], file, config, int(step[1]) if step else None)
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{folder / 'config.json'}: damaged; leave it away and the file is taken as bare weights") from None
@@ -201,8 +208,11 @@ def guess(state, args, file):
 def load_encoder(model, dataset, device):
     """The network with its weights, for images with as many channels as the set has; mean and deviation as the file's neighbour says."""
     beside, channels = model.file.with_suffix(".json"), dataset.images.shape[1]
-    about = json.loads(beside.read_text()) if beside.is_file() else {}
-    values = [about.get(key) or getattr(dataset, key) for key in ("mean", "std")]
+    try:
+        about = json.loads(beside.read_text()) if beside.is_file() else {}
+        values = [[float(v) for v in about.get(key) or getattr(dataset, key)] for key in ("mean", "std")]
+    except (ValueError, TypeError, AttributeError):
+        raise ValueError(f"{beside}: damaged; it should hold the lists mean and std") from None
     values = [v if len(v) == channels else [sum(v) / len(v)] * channels for v in values]
     network = encoders.build(model.encoder, channels, model.stem, *values)
     encoders.load(model.file, network)
@@ -212,40 +222,47 @@ def load_encoder(model, dataset, device):
 
 
 def open_study(args, models, device):
-    """The images, all encoders on them, and first of all the random ones. One set of images for all rows: at the size, the channels and the
-    column of the first run unless flags say otherwise; an encoder made for other channels gets its first layer summed or spread."""
+    """The images, and all encoders on them. One set of images for all rows: at the size, the channels and the column of the first run unless
+    flags say otherwise; an encoder made for other channels gets its first layer summed or spread."""
     run = next((model for model in models if model.config), None)
-    made = run.config["data"] | run.config["arguments"] if run else {"data": None, "label": "label", "channels": None, "seed": 0}
+    made = run.config["data"] | run.config["arguments"] if run else {"data": None, "label": "label", "seed": 0}
     path = args.data or made["data"]
     if path is None:
         raise ValueError("--data FOLDER: no run says which images to look at" if models else "name a run, a file of weights, or --data FOLDER")
-    own = path == made["data"]
-    channels = args.channels or (run and run.config["data"]["channels"])
-    size = args.size or (run and run.config["data"]["size"])
-    dataset = data.load(path, size, channels, args.label or (made["label"] if own else "label"), args.cache, made["seed"])
-    channels, size = dataset.images.shape[1], dataset.images.shape[2]
-    stem = args.stem or ("small" if size < 40 else "default")
-    kinds = list(dict.fromkeys((m.encoder, m.stem) for m in models)) or [(args.encoder or ("tiny" if path == "phantoms" else "resnet18"), stem)]
-    names = ["random"] if len(kinds) == 1 else [f"random {' '.join(kind)}" for kind in kinds]
-    for model, more in itertools.combinations(models, 2):                   # runs/a and old/a
-        more.name += f" ({models.index(more) + 1})" * (model.name == more.name)
-    study = Study(args, dataset, device, [Model(name, *kind) for name, kind in zip(names, kinds)] + models,
-                  np.arange(len(dataset)) if dataset.groups is None else dataset.groups)
-    if run and (args.size, args.channels) == (None, None):
-        study.note(f"images are loaded as {channels} x {size} x {size}, as {run.name} saw them")
-    for model in models:
-        model.network = load_encoder(model, dataset, device)
-        seen = model.config["data"] if model.config else {"channels": channels, "size": size}
-        if (seen["channels"], seen["size"]) != (channels, size):
-            study.note(f"{model.name} was trained on {seen['channels']} x {seen['size']} x {seen['size']} images and is scored on "
-                       f"{channels} x {size} x {size} ones" + (", its first layer summed or spread over the channels" if seen["channels"] != channels else ""))
+    label = args.label or (made["label"] if made["data"] in (path, str(Path(path).resolve())) else "label")
+    size, channels = args.size or (run and run.config["data"]["size"]), args.channels or (run and run.config["data"]["channels"])
+    dataset = data.load(path, size, channels, label, args.cache, made["seed"])
+    study = Study(args, dataset, device, line_up(models, args, dataset), np.arange(len(dataset)) if dataset.groups is None else dataset.groups)
     if dataset.splits is None:
-        study.dataset = data.split(dataset)
+        study.dataset = dataset = data.split(dataset)
         study.note(f"{dataset.name} has no splits: patients are dealt to train, val and test (70, 10, 20 %) from seed 0; an encoder that was "
-                   "pretrained on this set has seen the images that are scored")
+                   "pretrained on this set was trained on the images that are scored, though without labels")
     if dataset.groups is None:
         study.note(f"{dataset.name} has no patient numbers: every image counts as a patient of its own, and intervals may be too short")
+    shape = dataset.images.shape[1:]
+    if run and (args.size, args.channels) == (None, None):
+        study.note(f"images are loaded as {' x '.join(map(str, shape))}, as {run.name} saw them")
+    for model in models:
+        model.network = load_encoder(model, dataset, device)
+        seen = model.config["data"] if model.config else {"channels": shape[0], "size": shape[1]}
+        if (seen["channels"], seen["size"]) != shape[:2]:
+            study.note(f"{model.name} was trained on {seen['channels']} x {seen['size']} x {seen['size']} images and is scored on "
+                       f"{' x '.join(map(str, shape))} ones" + ", its first layer summed or spread over the channels" * (seen["channels"] != shape[0]))
     return study
+
+
+def line_up(models, args, dataset):
+    """All rows: a random one for each kind of network, then the encoders, those of one run by their step, each with a name of its own."""
+    stem = args.stem or ("small" if dataset.images.shape[2] < 40 else "default")
+    kinds = list(dict.fromkeys((m.encoder, m.stem) for m in models)) or [(args.encoder or ("tiny" if args.data == "phantoms" else "resnet18"), stem)]
+    names = ["random"] if len(kinds) == 1 else [f"random {' '.join(kind)}" for kind in kinds]
+    runs = [model.name.split("@")[0] for model in models]
+    models = sorted(models, key=lambda m: (runs.index(m.name.split("@")[0]), m.step or math.inf))
+    lined = [Model(name, *kind) for name, kind in zip(names, kinds)] + models
+    for number, model in enumerate(lined):                                  # runs/a and old/a
+        if model.name in [earlier.name for earlier in lined[:number]]:
+            model.name += f" ({number})"
+    return lined
 
 
 # ---- in words
@@ -254,17 +271,22 @@ def say_what(study, tasks, cells):
     """What is about to be done, task by task, with numbers of images and patients."""
     args, dataset = study.args, study.dataset
     print(f"{dataset.name}: images {' x '.join(map(str, dataset.images.shape[1:]))}; {len(study.models)} encoders on {study.device}, seeds: {args.seeds}")
+    told = set()
     for task in tasks:
         if task == "collapse":
-            print(f"collapse: {TASKS[task]}; {len(watched(study))} images")
+            print(f"collapse: {TASKS[task]}; {len(study.watched())} images")
             continue
         target = study.targets[TARGET[task]]
         chosen = f"{CHOSEN[task]} chosen on validation: {count(study, target.rows['val'])}; " if task in CHOSEN else "nothing is chosen; "
-        print(f"{task}: {TASKS[task]}{f', after {args.freeze:g} epochs with the encoder frozen' if args.freeze and task in ('finetune', 'unet') else ''}; "
-              f"{chosen}scored once on test: {count(study, target.rows['test'])}")
-        for condition in dict.fromkeys(c for t, c in cells if t == task):
+        per_epoch, steps, frozen = fits.schedule(args, task, target)
+        length = f" for {steps} steps of {args.batch} ({steps / per_epoch:.3g} epochs)" * (task in TRAINED)
+        first = f", in the first {frozen} the encoder is frozen" * (task in ("finetune", "unet") and frozen > 0)
+        print(f"{task}: {TASKS[task]}{length}{first}; {chosen}scored once on test: {count(study, target.rows['test'])}")
+        for condition in dict.fromkeys(c for t, c in cells if t == task and (TARGET[t], c[:2]) not in told):
+            told.add((TARGET[task], condition[:2]))
+            condition = condition._replace(augment=None)
             each = [target.training(study.groups, condition.labels, condition.imbalance, seed) for seed in range(args.seeds)]
-            print(f"  {report.describe(condition)}: learns from {count(study, each[0])}" + (" (first seed)" if args.seeds > 1 else ""))
+            print(f"    {report.describe(condition)}: training on {count(study, each[0])}" + (" (first seed)" if args.seeds > 1 else ""))
             lost = [c for i, c in enumerate(target.classes) if TARGET[task] == "labels" and any(i not in target.values[rows] for rows in each)]
             if lost:
                 study.note(f"{report.describe(condition)}: in some seeds no training image of {', '.join(lost[:4])}"
@@ -294,9 +316,11 @@ def export(study, path):
 
 def save_features(study, path):
     dataset = study.dataset
-    arrays = {f"features_{report.plain(model.name)}": features_of(study, model, 0)[0].numpy() for model in study.models}
-    study.features.pop(None, None)
-    arrays |= {"patients": study.groups, "splits": dataset.splits.astype(str)}
+    arrays = {}
+    for model in study.models:
+        arrays[f"features_{report.plain(model.name)}"] = fits.features_of(study, model, 0, everything=True)[0].numpy()
+        study.features.pop(None, None)
+    arrays |= {"patients": study.groups, "splits": dataset.splits}
     arrays |= {"labels": dataset.labels, "classes": np.array(dataset.classes)} if dataset.labels is not None else {}
     with files.whole(path) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, **arrays)

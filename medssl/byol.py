@@ -12,23 +12,26 @@ The algorithm.
   target <- m target + (1 - m) online                      after each step, parameters only                        (3)
   m = 1 - (1 - m_0) (1 + cos(pi t)) / 2                    t: share of the run that is done; m goes from m_0 to 1  (4)
 There is no chance level: the loss runs from 8 to 0, and 0 is reached by the best network and by the useless one. What
-collapse looks like: the loss is near 0 within an epoch, and the spread of the normalised embedding (standard deviation
-over images, mean over dimensions) falls from about 1 / sqrt(D), its healthy value, towards 0.
+collapse looks like: the loss is soon near 0, and the spread of the normalised embedding (standard deviation over
+images, mean over dimensions) falls from about 1 / sqrt(D), its healthy value, towards 0.
 
 Shapes. images (B, C, H, W) -> two views (B, C, h, w) -> predictions and targets (B, D) -> one number.
 
 Differences. The paper's loss and cosine momentum (from 0.996); the study that RECIPE follows holds 0.996 throughout,
 writes the loss without the constant 4, and has smaller heads, which are the default here. `export` picks the network
 whose encoder is saved: in that study the online one was better on two of three tasks, the target on the third. Each
-view passes the encoder on its own, so BatchNorm statistics are those of one view. Accumulation of gradients equals a
-larger batch but for those statistics; the target moves once per optimiser step.
+view passes the encoder on its own, so BatchNorm statistics are those of one view in one process. Accumulation of
+gradients (one optimiser step from several micro-batches) equals a larger batch but for those statistics; the target
+moves once per optimiser step.
 
 Settings of the works that use it:
-  study of ten pretext tasks (RECIPE)   m 0.996 constant; hidden 512 and 512 (projector, predictor), SGD, batch 128 (2D)
-  study of 2D segmentation              m 0.99 to 1; hidden 4096 and 8192, LARS 1.0 per 256 images (trust 0.02), decay
-                                        1e-5, batch 128, 400 epochs, 10 of them warm-up; goes on with the target
-  study of small CT sets                m 0.996 to 1; hidden 4096 and 4096, Adam 1e-3, decay 1.5e-6, batch 64, about 78
-                                        epochs, 10 of them warm-up
+  Zhang et al. 2023, ten pretext tasks (RECIPE)        m 0.996 constant; hidden 512 and 512 (projector, predictor), SGD
+                                                       1e-3 (code: 1e-4), batch 128 (2D), 600 epochs
+  Kalapos and Gyires-Toth 2022, 2D segmentation        m 0.99 to 1; hidden 4096 and 8192, LARS 1.0 per 256 images (trust
+                                                       0.02, ratio at most 1), decay 1e-5, batch 128, 400 epochs, 10 of
+                                                       them warm-up; the target is what they fine-tune
+  Wolf et al. 2023, small CT sets                      m 0.996 to 1; hidden 4096 and 4096, Adam 1e-3, decay 1.5e-6,
+                                                       batch 64, about 78 epochs, 10 of them warm-up
 """
 
 import copy
@@ -39,13 +42,13 @@ import torch.nn.functional as F
 from torch import nn
 
 RECIPE = {                       # Zhang et al. 2023, their settings for 2D images
-    "optimizer": "sgd",          # momentum 0.9, as for all its contrastive tasks
-    "lr": 2e-3,                  # per 256: 1e-3 at batch 128 as in the supplement; the released code says 1e-4
+    "optimizer": "sgd",          # momentum 0.9; this and the decay are those of its SimCLR and PCRL, none is given
+    "lr": 2e-3,                  # per 256: the supplement's 1e-3 at the 2D batch of 128; the released code says 1e-4
     "weight_decay": 1e-4,
     "batch": 128,
     "epochs": 600,
     "warmup": 0,                 # cosine without warm-up
-    "views": "ct",               # flips, scale, rotation and blur; no colour change on CT
+    "views": "ct",               # crops, flips, scale, rotation, blur; on its fundus photographs (the 2D set): "fundus"
     "size": 224,
 }
 

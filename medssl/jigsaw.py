@@ -3,11 +3,12 @@
 Noroozi and Favaro, "Unsupervised Learning of Visual Representations by Solving Jigsaw Puzzles", ECCV 2016.
 
 The idea. Who puts a puzzle together has to know the parts and how they lie to each other. Of the 9! orders of nine
-tiles, 100 are enough, if they differ in many places: the network names one of them. As with relative patches, tiles
-whose edges meet can be joined by their edges alone, so every tile is a random crop of its cell.
+tiles, 100 are enough, if they differ in many places: the network names one of them. Tiles whose edges meet can be
+joined by their edges alone, so every tile is a random crop of its cell.
 
 The algorithm. The image is a grid x grid lattice of T cells; a tile is a random crop of its cell.
-  o_1, ..., o_K: orders of T tiles, fixed beforehand; o_k maximises min over j < k of Hamming(o_j, o_k)             (1)
+  o_1, ..., o_K: orders of T tiles, fixed beforehand; o_k maximises min over j < k of d(o_j, o_k)                   (1)
+  d: in how many places two orders differ (Hamming distance)
   y ~ uniform{1, ..., K};   tile t of the puzzle is tile o_y[t] of the image                                        (2)
   z_t = g(f(tile t))                                       encoder f, branch g, shared by all tiles                  (3)
   loss = cross-entropy(h([z_1, ..., z_T]), y)              head h; g and h are thrown away afterwards                (4)
@@ -15,17 +16,19 @@ A network that knows nothing scores ln K.
 
 Shapes. images (B, C, H, W) -> tiles (B, T, C, h, w) and order numbers (B,) -> one number.
 
-Differences. The study's released list maximises the sum of distances, and some of its orders differ in two places only;
-ours in five or more. Candidates are 5,000 orders drawn from a seed (of 2x2 tiles these are all 24). The study's gap is
-what the jitter happens to leave; here a gap can also be set. Both are shares of a cell, so that they mean the same at
-every image size, and a share above nought is at least one pixel. Each tile is not standardised by itself, as the
-original does. All tiles of a batch pass the encoder together and share BatchNorm statistics, so these cannot tell the
-order. On small images the defaults move a tile by a pixel or two only: `gap=0.2, jitter=0.1` closes the shortcut
-better. Accumulation of gradients equals a larger batch but for BatchNorm's statistics.
+Differences. The study that RECIPE follows released a list that maximises the sum of distances, and some of its orders
+differ in two places only; ours of nine tiles differ in six or more. Candidates are 5,000 orders drawn from a seed (of
+2x2 tiles these are all 24). The study's gap is what the jitter happens to leave; here a gap can also be set. Both are
+shares of a cell, so that they mean the same at every image size, and a share above nought is at least one pixel. The
+original standardises each tile by itself, we do not. All tiles of a batch pass the encoder together and share BatchNorm
+statistics, so these cannot tell the order. On small images the defaults move a tile by a pixel or two only; for a wider
+gap take, say, `gap=0.2, jitter=0.1`. Accumulation of gradients (one optimiser step from several micro-batches) equals a
+larger batch but for BatchNorm's statistics.
 
-Settings of the study:
-  3D, 2x2x2 cubes (our heads)   branch 64, head 1024-1024-100, jitter 10 of 138 voxels, batch 8
-  2D, 3x3 tiles (RECIPE)        branch 512, head 4096, jitter 6 of 120 pixels, batch 48: `width=512, hidden=4096`
+Settings of the work that uses it, Zhang et al. 2023:
+  3D, 2x2x2 cubes                                     branch 64, head 1024-1024-100, jitter 10 of 138 voxels, batch 8
+  2D, 3x3 tiles (RECIPE, with the 3D heads)           branch 512, head 4096, jitter 6 of 120 pixels, batch 48; these
+                                                      heads: `width=512, hidden=4096`
 """
 
 import math
@@ -37,9 +40,9 @@ from torch import nn
 RECIPE = {                       # Zhang et al. 2023, the released settings for 2D images
     "optimizer": "adam",
     "lr": 1e-3,
-    "weight_decay": 1e-6,
+    "weight_decay": 1e-6,        # rotation's, none is given
     "batch": 48,                 # 2D; 8 in 3D
-    "epochs": 1000,              # rotation's, none is given; there the rate drops tenfold at epoch 200, here a cosine
+    "epochs": 1000,              # likewise; there the rate drops tenfold at epoch 200, here a cosine
     "warmup": 0,
     "views": "plain",
     "size": 360,                 # three cells of 120, tiles of 114
@@ -52,7 +55,7 @@ class Jigsaw(nn.Module):
     def __init__(self, encoder, augment, grid=3, permutations=100, gap=0.0, jitter=0.05, width=64, hidden=1024, seed=0):
         super().__init__()
         self.encoder, self.augment, self.grid, self.gap, self.jitter = encoder, augment, grid, gap, jitter
-        self.register_buffer("orders", permutation_set(grid ** 2, permutations, seed))      # (K, T)
+        self.register_buffer("orders", permutation_set(grid ** 2, permutations, seed))      # (K, T)  Eq. 1
         self.branch = nn.Sequential(nn.Linear(encoder.dim, width), nn.ReLU(inplace=True), nn.BatchNorm1d(width))
         self.head = mlp(grid ** 2 * width, hidden, hidden, len(self.orders), norm=False)
 
@@ -85,8 +88,9 @@ def unshuffle(tiles, order):
 
 
 def permutation_set(tiles, count, seed):
-    """Eq. 1. `count` distinct orders of the tiles (at most as many as there are), (K, T). Each is the candidate whose
-    smallest Hamming distance to those chosen before is largest; among equals, the one with the largest mean."""
+    """`count` distinct orders of the tiles (at most as many as there are), (K, T). The distance of two orders is the
+    number of places in which they differ (Hamming distance). Each one chosen is the candidate whose smallest distance
+    to those chosen before is largest; among equals, the one with the largest mean."""
     generator = torch.Generator().manual_seed(seed)
     candidates = torch.rand(5_000, tiles, generator=generator).argsort(1).unique(dim=0)    # (N, T)
     smallest, total, chosen = torch.full((len(candidates),), tiles), 0, [0]

@@ -3,14 +3,15 @@
 Hassanpour, Srivastav, Mutter, Padoy, "Overcoming Dimensional Collapse in Self-supervised Contrastive Learning for
 Medical Image Segmentation", ISBI 2024.
 
-The idea. CT slices look alike. MoCo (see moco.py, whose parts are repeated here) soon tells them apart by a few
-directions of its feature space and leaves the others unused: dimensional collapse. Remedy one: whiten the pooled
-feature before the projector, so that no feature can repeat another. Remedy two: let the network also tell places within
-one image apart, which takes more than what distinguishes whole images.
+The idea. CT slices look alike. MoCo (see moco.py, whose parts are repeated here), the authors find, tells them apart by
+a few directions of its feature space and leaves the others unused: dimensional collapse. Remedy one: whiten the pooled
+feature before the projector, that is, make its entries uncorrelated and of variance one, so that none can repeat
+another. Remedy two: let the network also tell places within one image apart, which takes more than what distinguishes
+whole images.
 
 The algorithm. f encoder, g and h projectors; f', g', h' their slow copies, which make the keys; T temperature.
-  q = normalised g(W f(x1)),   k = normalised g'(W' f'(x2))     f: mean of the last map; W, W': whitening            (1)
-  W = (C + eps I)^(-1/2)                                        C: covariance of the features over the batch         (2)
+  q = normalised g(W f(x1)),   k = normalised g'(W' f'(x2))     f: mean of the last map, centred; W, W': whitening   (1)
+  W = (C + eps I)^(-1/2)                                        C: covariance of the features over the batch; "ZCA"  (2)
   global = mean of -log [ exp(q.k / T) / (exp(q.k / T) + sum over queue rows n of exp(q.n / T)) ]                    (3)
   u_i = normalised h(mean of the map over region i of x1);   v_i: with h' in x2, the same piece of anatomy           (4)
   local = mean of -log [ exp(u_i.v_i / T) / sum over regions j of the same image of exp(u_i.v_j / T) ]               (5)
@@ -18,24 +19,28 @@ The algorithm. f encoder, g and h projectors; f', g', h' their slow copies, whic
   f' <- m f' + (1 - m) f, likewise g', h';   keys enter the queue       after the optimiser's step                   (7)
 Whitening needs more images than features, so it runs in groups of consecutive channels, no wider than half a key chunk:
 keys are whitened in the chunks in which BatchNorm sees them, since whitening leaks like BatchNorm; queries over their
-whole batch, in the same groups. More chunks hide more, and whiten less. Regions are cells of a grid over view 1, chosen
-at random among those that view 2 shows too; crop, flip and rotation are one affine map, by which a region's sample
-points are carried into view 2. A network that knows nothing scores ln(K + 1) + local_weight * ln(regions), a little
-less where some regions find no partner. As in MoCo the loss rises while the queue fills.
+whole batch, in the same groups. More chunks leak less, but whiten narrower groups. Regions are cells of a grid over
+view 1, chosen at random among those that view 2 shows too; crop, flip and rotation are one affine map, by which a
+region's sample points are carried into view 2. A network that knows nothing scores ln(K + 1) + local_weight *
+ln(regions), a little less where some regions find no partner; K: length of the queue. As in MoCo the loss rises while
+the queue fills.
 
 Shapes. images (B, C, H, W) -> two views (B, C, h, w), key order and patients (B,), 9 sample points of each region in
 both views (B, R * 9, 2), which regions are valid (B, R) -> unit q, k (B, D) and u, v (B, R, D) -> one number.
 
 Differences. We know the paper by its abstract and the first author's later code, and these two disagree. The abstract
-whitens the final feature map by its eigenvectors. The code puts IterNorm in the place of the last BatchNorm of the last
-block, before the shortcut is added, so that what is pooled is not white; its five Newton steps on one group of 2048
-channels reach only directions with more than 4 % of the variance. Here the pooled feature itself is whitened, exactly
-(`decorrelation="zca"`) or by IterNorm in groups ("iternorm"), by statistics of the batch alone; nothing of it stays in
-the encoder. The code's local term has no gradient: it cuts squares out of the input images, down the left edge of crops
-that do not match, and puts all of them into one softmax with one target; it stays at ln 400. Here it is (5), on matched
-regions of a feature map. Their number, T and local_weight are the code's. Across processes keys enter everyone's queue;
-whitening and regions stay each process's own. Gradient accumulation leaves the number of negatives as it is. Each part
-can be switched off: `decorrelation=None`, `regions=0`; without both this is MoCo.
+whitens the final feature map by its eigenvectors. The code puts IterNorm (W approached by a few Newton steps) in the
+place of the last BatchNorm of the last block, before the shortcut is added, so that what is pooled is not white; its
+five steps on one group of 2048 channels reach only directions with more than 4 % of the variance. Here the pooled
+feature itself is whitened, exactly (`decorrelation="zca"`) or by IterNorm in groups ("iternorm"), by statistics of the
+batch alone; nothing of it stays in the encoder. The code's local term has no gradient: it cuts squares out of the input
+images, down the left edge of crops that do not match, and puts all of them into one softmax with one target; it stays
+at ln 400. Here it is (5), on matched regions of a feature map. Their number, T and local_weight are the code's. Its
+runs start from ImageNet weights, ours from random ones unless `--init` brings others. Key chunks, queue and
+`same_patient_negatives` are those of moco.py. Across processes keys enter everyone's queue; BatchNorm, whitening and
+regions stay each process's own. Gradient accumulation (one optimiser step from several micro-batches) leaves the number
+of negatives as it is, but whitens each micro-batch by itself. Each part can be switched off: `decorrelation=None`,
+`regions=0`; without both this is MoCo.
 """
 
 import copy
@@ -53,11 +58,11 @@ RECIPE = {                       # the released configuration
     "batch": 64,
     "epochs": 300,               # there with a rate that rises slowly, here with a cosine
     "warmup": 0,
-    "views": "contrastive",      # MoCo v2's; released: crops of 0.2 to 1 and two random operations on intensity or geometry
+    "views": "slices",           # as MoCo on CT slices; released: crops of 0.2 to 1 and two random operations on intensity or geometry
     "size": 336,
 }
 
-WHITENING_EPS = 1e-4          # bounds how much a nearly constant feature is magnified: 100 times
+WHITENING_EPS = 1e-4             # bounds how much a nearly constant feature is magnified: 100 times
 
 
 class MedMoCo(nn.Module):

@@ -1,7 +1,7 @@
 """MoCo v2: contrast with a long queue of past embeddings, made by a slow copy of the network.
 
 He et al., "Momentum Contrast for Unsupervised Visual Representation Learning", CVPR 2020; Chen et al., "Improved
-Baselines with Momentum Contrastive Learning", 2020.
+Baselines with Momentum Contrastive Learning", arXiv 2020.
 
 The idea. Contrast needs many negatives, and SimCLR needs a large batch to have them. MoCo remembers the embeddings of
 past batches in a queue. For old and new ones to be comparable, they are made by a key network that follows the trained
@@ -9,28 +9,31 @@ one slowly: an average over about 1 / (1 - momentum) steps.
 
 The algorithm.
   q = normalised g(f(x1)),   k = normalised g'(f'(x2))     encoder f, projector g; f', g' their slow copies         (1)
-  loss = mean of -log [ exp(q.k / T) / (exp(q.k / T) + sum over queue rows n of exp(q.n / T)) ]                     (2)
+  loss = mean of -log [ exp(q.k / T) / (exp(q.k / T) + sum over queue rows n of exp(q.n / T)) ],   T: temperature   (2)
   f' <- m f' + (1 - m) f,   likewise g'                    after the optimiser's step, parameters only              (3)
   the keys replace the oldest rows of the queue            after the loss, so that no image is its own negative     (4)
   keys are encoded in shuffled order in several chunks     "split BatchNorm": each chunk has its own statistics     (5)
-(5) is needed because q and k of one batch would share its BatchNorm statistics, and the network would recognise the
-partner by these. A network that knows nothing scores ln(K + 1), K the length of the queue. The first steps score far
-less, because the queue starts with noise that is easy to tell from keys; the loss *rises* for K / batch steps while
-keys replace it. That ratio is also the age of the oldest key in steps; it should stay below 1 / (1 - m), and K below
-the number N of images: each image meets about K / N of its own old keys as negatives.
+(5) is needed because BatchNorm mixes a batch into each of its embeddings: q and k, made of the same batch of images,
+would carry the same trace, the rows of the queue other ones, and the network would recognise the partner by it. A
+network that knows nothing scores ln(K + 1), K the length of the queue. The first steps score far less, because the
+queue starts with noise that is easy to tell from keys; the loss *rises* for K / batch steps while keys replace it. That
+ratio is also the age of the oldest key in steps. Two rules of thumb: it stays below 1 / (1 - m), and K below the number
+N of images, since each image meets about K / N of its own old keys as negatives.
 
 Shapes. images (B, C, H, W) -> two views (B, C, h, w), an order (B,), patients (B,) -> unit q, k (B, D) -> one number.
 
-Differences. The released code shuffles across processes and refuses to run on one; here each process splits its own
-batch. It updates the key network at the start of the next forward, here the step ends with it. It asks that the batch
-divides K; here the queue wraps around. With `same_patient_negatives=False` queue rows of the image's own patient do not
-count as negatives: slices of one patient look alike. Across processes all keys enter everyone's queue. Gradient
-accumulation leaves the number of negatives as it is: all micro-batches meet the same queue.
+Differences. MoCo's code shuffles across processes and refuses to run on one; here each process splits its own batch of
+keys, and its queries share one set of statistics. It updates the key network at the start of the next forward, here the
+step ends with it. It asks that the batch divides K; here the queue wraps around. The study that RECIPE follows ran on
+one GPU without (5), and its published command leaves out the head's hidden layer, which its notes imply; here both are
+in. With `same_patient_negatives=False` queue rows of the image's own patient do not count as negatives: slices of one
+patient look alike. Across processes all keys enter everyone's queue. Gradient accumulation (one optimiser step from
+several micro-batches) leaves the number of negatives as it is: all micro-batches meet the same queue.
 
-Settings of the works that use it (SGD with momentum 0.9, cosine; the first two: K 65536, m 0.999, head 2048-2048-128):
-  study of pretraining for CT slices (RECIPE)   temperature 0.07, lr 0.015 at batch 128, decay 1e-4, 800 epochs
-  MoCo v2                                       temperature 0.2, lr 0.03 at batch 256, decay 1e-4, 200 or 800 epochs
-  MoCo on CIFAR-10 (ResNet-18)                  temperature 0.1, lr 0.06 at batch 512, decay 5e-4, K 4096, m 0.99
+Settings of the works that use it (SGD with momentum 0.9, cosine; the first two: K 65536, m 0.999, head 2048-128):
+  Wolf et al. 2023, small CT sets (RECIPE)      temperature 0.07, lr 0.015 at batch 128, decay 1e-4, 800 epochs
+  MoCo v2, on ImageNet                          temperature 0.2, lr 0.03 at batch 256, decay 1e-4, 200 or 800 epochs
+  MoCo's demo on CIFAR-10 (ResNet-18)           temperature 0.1, lr 0.06 at batch 512, decay 5e-4, K 4096, m 0.99
 """
 
 import copy

@@ -14,11 +14,12 @@ A network that knows nothing scores ln 8.
 
 Shapes. images (B, C, H, W) -> centres and neighbours (B, C, h, w), positions (B,) -> one number.
 
-Differences. The study has 26 neighbours in 3D; in 2D eight remain. Its released code pools by maximum, its supplement
-and we by the mean. Its 2D patches have 114 of a cell's 120 pixels, which we share between gap and jitter; both are
-given as shares of a cell, so that they mean the same at every image size, and a share above nought is at least one
-pixel. All patches of a batch pass the encoder together and share BatchNorm statistics. On small images the defaults
-leave only a pixel or two between patches: `gap=0.2, jitter=0.1` closes the shortcut better. Accumulation of gradients
+Differences. The study that RECIPE follows has 26 neighbours in 3D; in 2D, as there and in the original, there are
+eight. Its released code pools by maximum, its supplement and we by the mean. Its 2D patches have 114 of a cell's 120
+pixels; we share out the other six between gap and jitter. Both are given as shares of a cell, so that they mean the
+same at every image size, and a share above nought is at least one pixel. All patches of a batch pass the encoder
+together and share BatchNorm statistics. On small images the defaults leave only a pixel or two between patches; for a
+wider gap take, say, `gap=0.2, jitter=0.1`. Accumulation of gradients (one optimiser step from several micro-batches)
 equals a larger batch but for BatchNorm's statistics.
 """
 
@@ -31,9 +32,9 @@ from torch import nn
 RECIPE = {                       # Zhang et al. 2023, the released settings for 2D images
     "optimizer": "adam",
     "lr": 1e-3,
-    "weight_decay": 1e-6,
+    "weight_decay": 1e-6,        # rotation's, none is given
     "batch": 32,
-    "epochs": 1000,              # rotation's, none is given; there the rate drops tenfold at epoch 250, here a cosine
+    "epochs": 1000,              # likewise; there the rate drops tenfold at epoch 250, here a cosine
     "warmup": 0,
     "views": "plain",
     "size": 360,                 # three cells of 120; the study crops the central 720 pixels and halves them

@@ -2,8 +2,8 @@
 
 Gidaris et al., "Unsupervised Representation Learning by Predicting Image Rotations", ICLR 2018.
 
-The idea. To say which way is up, one has to know what is in the picture: where the spine lies, on which side the liver is.
-The label costs nothing, since we turned the image ourselves.
+The idea. To say which way is up, one has to know what is in the picture: where the spine lies, on which side the liver
+is. The label costs nothing, since we turned the image ourselves.
 
 The algorithm.
   y ~ uniform{0, 1, 2, 3},   x' = image turned by y * 90 degrees, counter-clockwise                                (1)
@@ -13,9 +13,10 @@ A network that knows nothing scores ln 4.
 Shapes. images (B, C, H, W), H = W -> turned images (B, C, h, w) and turns (B,) -> one number.
 
 Differences. The original shows all four turns of each image in one batch; here, as in the study of ten pretext tasks on
-medical images (Zhang, Zheng, Gu, 2023), each image is turned once at random. In 3D that study has ten classes (identity, and
+medical images that RECIPE follows, each image is turned once at random. In 3D that study has ten classes (identity, and
 three turns about each axis); in 2D four remain. With rotations in the augmentation, its angle would blur the label.
-Accumulation of gradients equals a larger batch but for BatchNorm's statistics.
+Accumulation of gradients (one optimiser step from several micro-batches) equals a larger batch but for BatchNorm's
+statistics.
 """
 
 import math
@@ -29,7 +30,7 @@ RECIPE = {                       # Zhang et al. 2023, the released settings
     "lr": 1e-3,
     "weight_decay": 1e-6,
     "batch": 16,                 # 2D; 2 in 3D
-    "epochs": 1000,              # at most: the study stops early, and divides the rate by 10 at epoch 250 where we use a cosine
+    "epochs": 1000,              # at most, the study stops early; its rate drops tenfold at epoch 250, here a cosine
     "warmup": 0,
     "views": "plain",
     "size": 512,

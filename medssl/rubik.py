@@ -1,7 +1,8 @@
 """Rubik: a jigsaw whose tiles are also turned over, and (RKB+) some of them masked; the network says all of it.
 
 Zhuang et al., "Self-supervised Feature Learning for 3D Medical Images by Playing a Rubik's Cube", MICCAI 2019.
-Masked tiles: Zhu et al., "Rubik's Cube+", Medical Image Analysis 2020.
+Masked tiles: Zhu et al., "Rubik's Cube+: A Self-supervised Feature Learning Framework for 3D Medical Image Analysis",
+Medical Image Analysis 2020.
 
 The idea. A harder puzzle: the order of the tiles, which of them were turned over, and which of them lost half their
 pixels. Order is about anatomy, turning about each part's own shape, masking about texture. One branch has to serve all.
@@ -13,17 +14,18 @@ The algorithm. Tiles, orders and branch as in a jigsaw; K orders, T tiles.
   z_t = g(f(tile t)),   z = [z_1, ..., z_T]                encoder f, branch g, shared by all tiles                  (4)
   RKB   loss = (CE(h_order(z), y) + BCE(h_a(z), a) + BCE(h_b(z), b)) / 2                                            (5)
   RKB+  loss = CE(h_order(z), y) + BCE(h_a(z), a) + BCE(h_b(z), b) + BCE(h_m(z), m)                                 (6)
-A network that knows nothing scores ln K in order, H(1/3) = 0.64 in either turning, ln 2 in masking; and says
-of two tiles in three rightly that they were not turned over this way.
+CE: cross-entropy; BCE: the same of two classes, mean over tiles. A network that knows nothing scores ln K in order,
+0.64 in either turning (the entropy of one in three), ln 2 in masking. Its accuracy is 1 / K in order, 1/2 in masking,
+but 2/3 in turning, where "not turned over this way" is right for two tiles in three.
 
 Shapes. images (B, C, H, W) -> tiles (B, T, C, h, w), order numbers (B,), turnings (B, T) in {0, 1, 2}, with masks also
 masked (B, T) -> one number.
 
-Differences. In 3D the study turns cubes by 180 degrees, which flips two axes; one of the two is left in 2D: tiles are
-mirrored. Eight cubes become nine tiles (or four, `grid=2`). The study found that turning heads as deep as the order
-head did not converge; `deep_heads=True` builds them so. Orders, gap and jitter are those of our jigsaw. All tiles of a
-batch pass the encoder together and share BatchNorm statistics. Accumulation of gradients equals a larger batch but for
-these statistics.
+Differences. In 3D the study that RECIPE follows turns cubes by 180 degrees, which flips two axes; one of the two is
+left in 2D: tiles are mirrored. Eight cubes become nine tiles (or four, `grid=2`). The study found that turning heads as
+deep as the order head did not converge; `deep_heads=True` builds them so. Orders, gap and jitter are those of our
+jigsaw. All tiles of a batch pass the encoder together and share BatchNorm statistics. Accumulation of gradients (one
+optimiser step from several micro-batches) equals a larger batch but for these statistics.
 """
 
 import math
@@ -35,9 +37,9 @@ from torch import nn
 RECIPE = {                       # Zhang et al. 2023, the released settings; size and batch are its 2D jigsaw's
     "optimizer": "adam",
     "lr": 1e-3,
-    "weight_decay": 1e-6,
+    "weight_decay": 1e-6,        # rotation's, none is given
     "batch": 48,                 # 8 in 3D
-    "epochs": 1000,              # rotation's, none is given; there the rate drops tenfold at epoch 250, here a cosine
+    "epochs": 1000,              # likewise; there the rate drops tenfold at epoch 250, here a cosine
     "warmup": 0,
     "views": "plain",
     "size": 360,
@@ -103,8 +105,9 @@ def shuffle(tiles, order):
 
 
 def permutation_set(tiles, count, seed):
-    """Eq. 1. `count` distinct orders of the tiles (at most as many as there are), (K, T). Each is the candidate whose
-    smallest Hamming distance to those chosen before is largest; among equals, the one with the largest mean."""
+    """`count` distinct orders of the tiles (at most as many as there are), (K, T). The distance of two orders is the
+    number of places in which they differ (Hamming distance). Each one chosen is the candidate whose smallest distance
+    to those chosen before is largest; among equals, the one with the largest mean."""
     generator = torch.Generator().manual_seed(seed)
     candidates = torch.rand(5_000, tiles, generator=generator).argsort(1).unique(dim=0)    # (N, T)
     smallest, total, chosen = torch.full((len(candidates),), tiles), 0, [0]

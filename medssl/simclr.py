@@ -2,25 +2,30 @@
 
 Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", ICML 2020.
 
-The idea. Distort every image of the batch twice. What the two views share is what survived the distortion: shape, tissue,
-anatomy. A network that can pick a view's partner among all other views has to encode just that.
+The idea. Distort every image of the batch twice. What the two views share is what survived the distortion: shape,
+tissue, anatomy. A network that can pick a view's partner (its positive) among the views of all other images (its
+negatives) has to encode just that.
 
 The algorithm.
   z = g(f(x))                                              encoder f, projector g; g is thrown away afterwards     (1)
   s(i, j) = cos(z_i, z_j) / temperature                    over the 2B views of the batch                          (2)
   loss = mean over i of  -log [ exp s(i, p(i)) / sum over j != i of exp s(i, j) ],   p(i): the other view of i      (3)
-A network that knows nothing scores ln(2B - 1): every other view is equally likely.
+The lower the temperature, the more the loss looks at the most similar negatives alone. A network that knows nothing
+scores ln(2B - 1): every other view is equally likely.
 
 Shapes. images (B, C, H, W) -> two views (B, C, h, w) -> embeddings (B, D) -> one number.
 
-Differences. The loss is the paper's Eq. 1. The projector has no BatchNorm, as in the medical study that RECIPE follows
-(the paper's own code has it). Each view passes the encoder on its own, so BatchNorm statistics are those of one view,
-not of both. Across processes all embeddings are gathered with gradient, so more processes mean more negatives; gradient
-accumulation does not: the loss sees only its own micro-batch.
+Differences. The loss is the paper's (its Eq. 1). The projector has no BatchNorm, as in the medical study that RECIPE
+follows (the paper's own code has it). Each view passes the encoder on its own, so BatchNorm statistics are those of one
+view in one process; the paper's are those of both views on all devices. Across processes all embeddings are gathered
+with gradient, so more processes mean more negatives. Gradient accumulation (one optimiser step from several
+micro-batches) does not: the loss sees only its own micro-batch.
 
 Settings of the works that use it:
-  study of ten pretext tasks (RECIPE)   temperature 0.07, head 512-256, SGD 0.05, decay 1e-4, batch 256 (2D), 500 epochs
-  study of small medical sets           temperature 0.5, head 2048-512-128 with BatchNorm, SGD 0.01 at batch 64, 250 epochs
+  Zhang et al. 2023, ten pretext tasks (RECIPE)       temperature 0.07, head 512-256, SGD 0.05, decay 1e-4, batch 256
+                                                      (2D), 500 epochs
+  Chattopadhyay et al. 2023, small medical sets       temperature 0.5, head 512-128 with BatchNorm on the hidden layer,
+                                                      SGD 0.01 without momentum, batch 64, 250 epochs
 """
 
 import math
@@ -37,7 +42,7 @@ RECIPE = {                       # Zhang et al. 2023, the released settings for 
     "batch": 256,
     "epochs": 500,
     "warmup": 0,                 # cosine without warm-up
-    "views": "ct",               # flips, scale, rotation and blur; no colour change on CT
+    "views": "ct",               # crops, flips, scale, rotation, blur; on its fundus photographs (the 2D set): "fundus"
     "size": 128,
 }
 
@@ -66,7 +71,7 @@ class SimCLR(nn.Module):
 
 
 def nt_xent(z1, z2, temperature):
-    """Eq. 3. z1, z2 (B, D): row i of both belongs to image i. Rows are normalised here; the mean runs over all 2B anchors."""
+    """Eq. 3 for z1, z2 (B, D), row i of both from image i. Rows are normalised here; the mean is over all 2B views."""
     z = torch.cat(at_least_float32(z1, z2))                                 # (2B, D)
     with torch.autocast(z.device.type, enabled=False):
         z = F.normalize(z, dim=1)

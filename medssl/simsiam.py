@@ -11,17 +11,17 @@ The algorithm.
   D(p, z) = -cos(p, stopgrad(z))                                                                                   (2)
   loss = D(p1, z2) / 2 + D(p2, z1) / 2                                                                             (3)
 There is no chance level: the loss runs from 1 to -1, and -1 is reached by the best network and by the useless one.
-What collapse looks like: the loss is near -1 within an epoch, and the spread of the normalised embedding (standard
-deviation over images, mean over dimensions) falls from about 1 / sqrt(D), its healthy value, towards 0.
+What collapse looks like: the loss is soon near -1, and the spread of the normalised embedding (standard deviation over
+images, mean over dimensions) falls from about 1 / sqrt(D), its healthy value, towards 0.
 
 Shapes. images (B, C, H, W) -> two views (B, C, h, w) -> embeddings and predictions (B, D) -> one number.
 
 Differences. The study that RECIPE follows leaves the predictor out in its code; `predictor=False` does the same and
 shows the collapse. Projector as in the study, 2048-512, with BatchNorm on the hidden layer only; the paper's has three
 layers of 2048 and BatchNorm on the output too. Predictor with the paper's proportions, a hidden layer of a quarter of
-the width. The paper holds the predictor's rate constant while the rest decays; here all of it decays. Each view passes
-the encoder on its own, so BatchNorm statistics are those of one view. Accumulation of gradients equals a larger batch
-but for those statistics.
+the width. The paper holds the predictor's learning rate constant while the rest decays; here all of it decays. Each
+view passes the encoder on its own, so BatchNorm statistics are those of one view in one process. Accumulation of
+gradients (one optimiser step from several micro-batches) equals a larger batch but for those statistics.
 """
 
 import torch
@@ -36,7 +36,7 @@ RECIPE = {                       # Chattopadhyay et al. 2023, the released setti
     "batch": 64,
     "epochs": 250,               # the default; the study's example has 200
     "warmup": 0,
-    "views": "lowresource",      # crops (the study's: 8 to 10 % of the area), flip, colour, blur, solarise
+    "views": "lowresource",      # crops of 0.2 to 1 of the area (released: 0.08 to 0.1), flip, colour, blur, solarise
     "size": 224,
 }
 

@@ -4,11 +4,11 @@ Tian et al., "Designing BERT for Convolutional Networks: Sparse and Hierarchical
 
 The idea. To paint a missing piece of an image one has to know what belongs there. Plain zeros do not hide a piece from
 a convolution, though: its window reaches in from the border, layer by layer, and BatchNorm counts the zeros as tissue.
-So after every layer the hidden sites are set to zero again, and every statistic is taken over visible sites only: what
-a sparse convolution computes, by dense means. The hidden cells are those of the coarsest grid, so that one mask fits
-every finer scale exactly.
+So after every layer the hidden sites are set to zero again, and every statistic is taken over visible sites only. That
+is what a sparse convolution computes, which skips hidden sites; here, as in the released code, ordinary layers do it,
+and no time is saved. The hidden cells are those of the coarsest grid, so that one mask fits every finer scale exactly.
 
-The algorithm. (The numbers of the equations are ours.)
+The algorithm.
   active: round((1 - mask_ratio) n) of the n cells of each image, drawn at random; the others are hidden          (1)
   S_i = map i of the encoder on the visible cells, exactly zero elsewhere                                         (2)
   D_i = projection_i(norm_i(S_i) at visible sites, a learned token_i at hidden ones)                              (3)
@@ -25,15 +25,17 @@ coarse, and has to be made of Conv2d, BatchNorm2d, pooling and activations that 
 Differences. The mask is no global, and nothing of the encoder is rebuilt: its layers look at a mask that is handed to
 them, and without one they are what they were. Any number of channels; nothing is indexed, so shapes are static. The
 released code standardises ImageNet pixels and takes eps 1e-6; here pixels are in [0, 1] and eps is 1e-4, the variance
-of noise of 2.5 gray levels in 255. Background is then nearly free: with 1e-6, which is less than the rounding error of
+of noise of 2.5 grey levels in 255. Background is then nearly free: with 1e-6, which is less than the rounding error of
 8 bits, its noise would weigh as much as anatomy. `normalise_prediction` (off, as published) treats y as Eq. 5 does x.
 The released code shares BatchNorm between GPUs, here every process has its own statistics; it drops whole blocks at
-random (rate 0.05 for ResNet-50), here none. The mask is gone when forward returns: activations cannot be recomputed in
-the backward pass (checkpointing). Accumulation of gradients equals a larger batch but for BatchNorm's statistics.
+random (rate 0.05 for ResNet-50), here none; its learning rate starts at 0.005 and ends at 0.001 of the highest, here at
+0. The mask is gone when forward returns: activations cannot be recomputed in the backward pass (checkpointing).
+Accumulation of gradients (one optimiser step from several micro-batches) equals a larger batch but for BatchNorm's
+statistics.
 
 Settings of the works that use it, both with ResNet-50 at 224 pixels, LAMB 2e-4 per 256, decay 0.04 -> 0.2, clip 5:
-  study of small CT sets (RECIPE)       batch 32, 1600 epochs
-  the paper, on ImageNet                batch 4096, 1600 epochs, 40 of them warm-up
+  Wolf et al. 2023, small CT sets (RECIPE)      batch 32, 1600 epochs
+  the paper, on ImageNet                        batch 4096, 1600 epochs, 40 of them warm-up
 """
 
 from functools import partial
@@ -60,7 +62,8 @@ RECIPE = {                       # Wolf et al. 2023: the paper's released settin
 class SparK(nn.Module):
     """Masked image modelling for convolutional networks."""
 
-    when_together = "the encoder's BatchNorm statistics mix masked and whole images; re-estimate them before frozen features are used"
+    when_together = ("the encoder's BatchNorm statistics mix masked and whole images; "           # train.py says so
+                     "re-estimate them before frozen features are used")
 
     def __init__(self, encoder, augment, channels=1, mask_ratio=0.6, width=768, cell=None, eps=1e-4,
                  normalise_prediction=False):

@@ -8,21 +8,23 @@ of the batch. Two large crops provide codes; small crops, cheap to encode, only 
 
 The algorithm.
   z = g(f(x)) / |g(f(x))|,   s = cos(z, c_k)               encoder f, projector g, prototypes c_1..c_K of length 1 (1)
-  q = codes of the two large crops from s by Sinkhorn: exp(s / epsilon), then in turn columns and rows scaled to
-      equal sums: every prototype the same share of the batch, every image one unit to hand out                    (2)
+  q = codes of the two large crops from s by Sinkhorn's algorithm: exp(s / epsilon), then in turn columns and rows
+      scaled to equal sums: every prototype the same share of the batch, every image one unit to hand out          (2)
   loss = mean over codes c and crops v != c of the cross-entropy of q_c and softmax(s_v / temperature)             (3)
   after each step the prototypes are scaled back to length 1; in the first `freeze` steps they do not move.
-A network that knows nothing scores ln K. A loss that stays there has not started: freeze longer, take fewer prototypes.
+Prototypes are the centres of the clusters and are trained like weights; the smaller epsilon, the nearer a code comes to
+one cluster alone. A network that knows nothing scores ln K. A loss that stays there has not started: freeze longer, or
+take fewer prototypes.
 
 Shapes. images (B, C, H, W) -> 2 large and n small crops -> scores (2 + n, B, K), codes (2, B, K) -> one number.
 
 Differences. Sinkhorn runs on logarithms: the same numbers, without overflow or underflow. In the study that RECIPE
 follows the prototypes stay frozen for 313 epochs (of 800), since it compares the paper's 313 steps with the epoch;
 here it is steps again. With `queue_size` the newest embeddings of the large crops join the batch in Eq. 2, as soon as
-the queue is full (the paper's code also waits 15 epochs). As in the paper's code the large crops share BatchNorm
-statistics, the small ones share theirs, and the projector sees all crops at once. Across processes all embeddings are
-gathered with gradient, so the codes share out the whole batch. With gradient accumulation they share out one
-micro-batch: where it is small beside K, use the queue.
+the queue is full (the paper's code also waits 15 epochs). As in the paper's code the large crops of a process share
+BatchNorm statistics, the small ones share theirs, and the projector sees all crops at once. Across processes all
+embeddings are gathered with gradient, so the codes share out the whole batch. With gradient accumulation (one optimiser
+step from several micro-batches) they share out one micro-batch: where it is small beside K, use the queue.
 """
 
 import math

@@ -1,9 +1,10 @@
 """Together: several methods on one encoder, their losses added.
 
-No single paper: Zhou et al., "Preservational Learning" (PCRL), ICCV 2021, is an example of such sums that helped.
+No single paper; Rubik's Cube+ (rubik.py) and PCRL (pcrl.py) are published examples of such sums.
 
-The idea. Each pretext task has its blind spot: rotation overlooks what looks the same from all sides, contrast what its
-augmentation changes, restoration what is large. An encoder that has to serve several of them can afford none of these.
+The idea. Each pretext task has its blind spot: rotation need not see what looks the same from all sides, contrast need
+not see what its augmentation changes, restoration need not see what the picture as a whole is. An encoder that has to
+serve several of them can afford fewer of these.
 
 The algorithm. Parts 1, ..., n share the encoder f; each has its own views, heads, queues and averages.
   loss = sum over parts k of weight_k loss_k(views_k)                                                               (1)
@@ -17,7 +18,7 @@ step costs as much as a step of each part. The encoder's BatchNorm normalises ea
 statistics, but its running statistics mix all parts: with SparK, masked and whole images. SparK's sparse mode holds
 only inside SparK's forward. Optimiser, batch and size are those of the first part's RECIPE, each part's augmentation
 that of its own; the encoder to keep is `encoder`, also where a part alone would export another. What gradient
-accumulation means, each part says.
+accumulation (one optimiser step from several micro-batches) means, each part says.
 """
 
 import inspect
@@ -37,8 +38,10 @@ class Together(nn.Module):
         twice = sorted({kind for kind in kinds if kinds.count(kind) > 1})
         strangers = [name for name, part in parts.items() if part.encoder is not encoder]
         unknown = sorted(set(weights) - set(parts))
-        if not parts or twice:
-            raise ValueError(f"no part may stand twice: {', '.join(twice)}" if twice else "there are no parts to add")
+        if not parts:
+            raise ValueError("there are no parts to add")
+        if twice:
+            raise ValueError(f"no part may stand twice: {', '.join(twice)}")
         if strangers:
             raise ValueError(f"{', '.join(strangers)}: built on another encoder; build every part on the one encoder")
         if unknown:
@@ -60,8 +63,10 @@ class Together(nn.Module):
         together = {"loss": sum(self.weights[name] * out["loss"] for name, out in outs.items())}           # Eq. 1
         if all("chance" in out for out in outs.values()):
             together["chance"] = sum(self.weights[name] * out["chance"] for name, out in outs.items())
-        for word in ("embedding", "restored"):                              # of the first part that has one
-            together.update([(word, out[word]) for out in outs.values() if word in out][:1])
+        for word in ("embedding", "restored"):
+            found = [out[word] for out in outs.values() if word in out]
+            if found:
+                together[word] = found[0]                                   # of the first part that has one
         return together | {f"{name}.{word}": value for name, out in outs.items() for word, value in out.items()}
 
     @torch.no_grad()

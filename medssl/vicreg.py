@@ -2,9 +2,9 @@
 
 Bardes et al., "VICReg: Variance-Invariance-Covariance Regularization for Self-Supervised Learning", ICLR 2022.
 
-The idea. Where other methods avoid collapse by negatives or by asymmetry, here it is forbidden outright: a term
-punishes dimensions of the embedding that vary too little over the batch, another punishes dimensions that vary
-together.
+The idea. Where other methods avoid collapse (one embedding for all images) by negatives or by asymmetry, here it is
+forbidden outright: a term punishes dimensions of the embedding that vary too little over the batch, another punishes
+dimensions that vary together.
 
 The algorithm.
   z = g(f(x))                                              encoder f, projector g; g is thrown away afterwards     (1)
@@ -18,11 +18,11 @@ which is the sign of collapse to look for.
 Shapes. images (B, C, H, W) -> two views (B, C, h, w) -> embeddings (B, D) -> three numbers and their weighted sum.
 
 Differences. As in the released code the variance term is the mean of the two views and the covariance term their sum;
-the paper, and the study that RECIPE follows, sum both. Both divide variances and covariances by B - 1, as here. The
-projector has one hidden layer, as in the study (the paper's has two, of 8192). Each view passes the encoder on its
-own, so BatchNorm statistics are those of one view. Across processes all embeddings are gathered with gradient, so Eqs.
-3 and 4 see the whole batch; with gradient accumulation they see only their own micro-batch, whose covariance is
-noisier.
+the paper, and the study that RECIPE follows, sum both. All divide variances and covariances by B - 1. The projector
+has one hidden layer, as in the study (the paper's has two, of 8192). Each view passes the encoder on its own, so
+BatchNorm statistics are those of one view in one process. Across processes all embeddings are gathered with gradient,
+so Eqs. 3 and 4 see the whole batch; with gradient accumulation (one optimiser step from several micro-batches) they
+see only their own micro-batch, whose covariance is noisier.
 """
 
 import torch
@@ -38,7 +38,7 @@ RECIPE = {                       # Chattopadhyay et al. 2023, the released setti
     "batch": 64,
     "epochs": 250,               # the default; the study's example has 200
     "warmup": 0,
-    "views": "lowresource",      # crops (the study's: 8 to 10 % of the area), flip, colour, blur, solarise
+    "views": "lowresource",      # crops of 0.2 to 1 of the area (released: 0.08 to 0.1), flip, colour, blur, solarise
     "size": 224,
 }
 

@@ -1,5 +1,6 @@
 """Opening and preparing sets of images: what is found and refused, what the cache does, how volumes become slices."""
 import os
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -131,7 +132,7 @@ def test_phantoms(monkeypatch):
 
 def test_masks_take_the_images_way(tmp_path):
     mask = np.zeros((40, 80), np.uint8)
-    mask[10:30, 20:50] = 2
+    mask[11:29, 21:49] = 2
     save(tmp_path / "images/1.png", mask * 100)
     mask[34:38, 52:56] = 1
     save(tmp_path / "masks/1.png", mask)
@@ -140,7 +141,7 @@ def test_masks_take_the_images_way(tmp_path):
         disagree = (dataset.images[0, 0] > 100) != (dataset.masks[0] == 2)
         assert disagree.mean() < 0.04 and (dataset.masks == 1).any(), fit
         assert not (dataset.masks[0, :21] == 1).any(), fit                  # no class 1 between 0 and 2
-        assert dataset.images[0, 0, :8].max() < 100 and dataset.images[0, 0, 16].max() == 200, fit
+        assert dataset.images[0, 0, :8].max() < 100 and dataset.images[0, 0, 16].max() > 190, fit
     assert data.load(tmp_path).images.shape[2:] == (64, 64)                 # 80 is 2.5 times 32, which rounds to even
     padded = data.load(tmp_path, size=80).images[0, 0]
     np.testing.assert_array_equal(padded[20:60], mask // 2 * 200)
@@ -155,6 +156,9 @@ def test_masks_of_0_and_255(tmp_path, capsys):
     dataset = data.load(tmp_path)
     np.testing.assert_array_equal(dataset.masks[0], mask)
     assert (dataset.masks[1] == 255).all() and "0 and 255" in capsys.readouterr().out
+    prepare.main([str(tmp_path), "--to", str(tmp_path / "ready")])
+    np.testing.assert_array_equal(data.load(tmp_path / "ready").masks, dataset.masks)
+    shutil.rmtree(tmp_path / "ready")
     palette = Image.fromarray(mask)
     palette.putpalette([9, 9, 9, 200, 0, 0])
     palette.save(tmp_path / "masks/1.png")                                  # indices, not colours
@@ -328,6 +332,7 @@ def test_volumes_become_slices(tmp_path, capsys):
     sideways = [str(tmp_path / "scans"), "--to", str(tmp_path / "side"), "--axis", "2", "--window", "-160", "240"]
     prepare.main(sideways)
     assert data.load(tmp_path / "side").groups.max() == 3                   # without --group-by each volume is a group
+    assert np.load(tmp_path / "side/rows.npz")["shapes"][0].tolist() == [12, 32]
 
 
 def test_dedupe(tmp_path):
@@ -343,6 +348,8 @@ def test_dedupe(tmp_path):
     for hash in hashes:
         distance = min(bin(int(hash) ^ int(other)).count("1") for other in hashes[:20])
         assert prepare.is_near(hash, list(hashes[:20])) == (distance <= prepare.NEAR)
+    some = np.uint64(2 ** 40 + 5)
+    assert prepare.is_near(some, [some ^ np.uint64(63)]) and not prepare.is_near(some, [some ^ np.uint64(127)])
     image = pixels(3)
     image[:16, :16] //= 2
     assert bin(int(prepare.difference_hash(image)) ^ int(prepare.difference_hash(image // 2 + 20))).count("1") <= 6

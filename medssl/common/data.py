@@ -23,7 +23,7 @@ import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -236,7 +236,12 @@ def lock(path):
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
             break
         except FileExistsError:
-            stamp = os.stat(path).st_mtime_ns if path.exists() else None
+            if seen is None:
+                print(f"waiting for another process, or {STALE} s if it died (lock file {path})")
+        try:
+            stamp = os.stat(path).st_mtime_ns
+        except FileNotFoundError:
+            continue
         if stamp != seen:
             seen, since = stamp, time.monotonic()
         elif time.monotonic() - since > STALE:
@@ -245,8 +250,9 @@ def lock(path):
     done = threading.Event()
 
     def touch():
-        while not done.wait(STALE / 10) and path.exists():
-            os.utime(path)
+        while not done.wait(STALE / 10):
+            with suppress(FileNotFoundError):
+                os.utime(path)
     threading.Thread(target=touch, daemon=True).start()
     try:
         yield

@@ -95,7 +95,7 @@ def fingerprint(module):
     return digest.hexdigest()
 
 
-# ---- losses of logits (B, K, ...) against classes (B, ...)
+# ---- losses of logits (B, K, ...) against classes (B, ...); beside them torch's cross-entropy
 
 def overlap(logits, targets):
     """Shared, predicted and true mass of each class (K,), over all pixels of the batch."""
@@ -110,10 +110,6 @@ def one_minus(ratio, true):
     return 1 - (ratio * (true > 0)).sum() / (true > 0).sum()
 
 
-def cross_entropy(logits, targets, class_weights=None):
-    return F.cross_entropy(logits, targets, class_weights)
-
-
 def soft_dice(logits, targets, class_weights=None):
     """Soft Dice + cross-entropy."""
     both, predicted, true = overlap(logits, targets)
@@ -125,7 +121,7 @@ def soft_jaccard(logits, targets, class_weights=None):
     return one_minus(both / (predicted + true - both), true)
 
 
-LOSSES = {"ce": cross_entropy, "balanced": cross_entropy, "dice": soft_dice, "jaccard": soft_jaccard}
+LOSSES = {"ce": F.cross_entropy, "balanced": F.cross_entropy, "dice": soft_dice, "jaccard": soft_jaccard}
 
 
 def balanced_weights(counts):
@@ -140,9 +136,9 @@ def balanced_weights(counts):
 class Classifier(nn.Module):
     """One linear layer on the pooled feature."""
 
-    def __init__(self, encoder, augment, classes, loss="ce", class_weights=None):
+    def __init__(self, encoder, augment, classes, class_weights=None):
         super().__init__()
-        self.encoder, self.augment, self.loss = encoder, augment, LOSSES[loss]
+        self.encoder, self.augment = encoder, augment
         self.head = nn.Linear(encoder.dim, classes)
         self.register_buffer("class_weights", torch.ones(classes) if class_weights is None else class_weights)
 
@@ -151,7 +147,7 @@ class Classifier(nn.Module):
         return self.augment(images), labels
 
     def forward(self, x, labels):
-        return {"loss": self.loss(self.logits(x), labels, self.class_weights), "chance": math.log(self.head.out_features)}
+        return {"loss": F.cross_entropy(self.logits(x), labels, self.class_weights), "chance": math.log(self.head.out_features)}
 
     def logits(self, x):
         return self.head(self.encoder(x)).float()                           # (B, classes)

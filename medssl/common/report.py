@@ -18,6 +18,7 @@ from . import feed, files, metrics, plots, readouts
 
 CLASSES = ("balanced_accuracy", "auc", "accuracy", "macro_f1", "average_precision", "quadratic_kappa")
 MASKS = ("dice", "iou", "dice_per_slice", "iou_per_slice")
+MAIN = ("balanced_accuracy", "dice")                                        # charted, and differences printed
 SPEED = ("epochs_to_95", "epochs_to_95_of_random")
 COLUMNS = {"knn": CLASSES, "linear": CLASSES, "finetune": CLASSES + SPEED, "segment": MASKS + SPEED, "unet": MASKS + SPEED,
            "collapse": ("rank_me", "alpha_req", "participation_ratio", "mean_correlation", "spread")}
@@ -40,24 +41,29 @@ def describe(condition):
     return ", ".join(filter(None, words)) if labels else ""
 
 
+def condition_of(record):
+    return record["labels"], record["imbalance"], record["augment"]
+
+
 def plain(name):
     """A name that can be part of a file's."""
     return re.sub(r"[^\w.@+-]+", "_", name)
 
 
-def write(study, records, cells, tasks, out):
-    """Everything into the folder `out`, and the tables on the terminal."""
+def write(study, records, cells, tasks):
+    """Everything into the study's folder, and the tables on the terminal."""
+    out = study.out
     add_speed(study, records)
     found, differences = [], []
     for task, condition in cells:
-        here = [r for r in records if (r["task"], r["labels"], r["imbalance"], r["augment"]) == (task, *condition)]
+        here = [r for r in records if r["task"] == task and condition_of(r) == condition]
         new, pairs = summarise(study, task, condition, here)
         found, differences = found + new, differences + pairs
     out.mkdir(parents=True, exist_ok=True)
     write_json(study, records, found, differences, tasks, out)
     write_csv(records, out)
     pictures = draw(study, records, found, out)
-    for task in dict.fromkeys(task for task, _ in cells):
+    for task in dict.fromkeys(cell["task"] for cell in found):
         print_table(study, task, [c for c in found if c["task"] == task], differences, records)
     print_pairs(study, differences)
     print(f"in {out}: results.json, results.csv; pictures {', '.join(pictures)}")
@@ -71,15 +77,15 @@ def base_of(study, name):
 
 def add_speed(study, records):
     """Epochs until the validation score reaches 95 % of its final value, and of the final value of the random encoder of the same seed."""
-    curves = {cell_of(r) + (r["model"],): r["curve"] for r in records if "curve" in r}
+    curves = {(r["model"], r["seed"], cell_of(r)): r["curve"] for r in records if "curve" in r}
     for r in (r for r in records if "curve" in r):
         r["scores"]["epochs_to_95"] = readouts.steps_to(r["curve"], 0.95 * r["curve"][-1][1])
-        base = curves.get(cell_of(r) + (base_of(study, r["model"]),), [(0, math.nan)])
+        base = curves.get((base_of(study, r["model"]), r["seed"], cell_of(r)), [(0, math.nan)])
         r["scores"]["epochs_to_95_of_random"] = readouts.steps_to(r["curve"], 0.95 * base[-1][1])
 
 
 def cell_of(record):
-    return tuple(record[key] for key in ("task", "labels", "imbalance", "augment", "seed"))
+    return record["task"], *condition_of(record)
 
 
 # ---- numbers
@@ -163,13 +169,13 @@ def print_table(study, task, cells, differences, records):
     """One line per cell. The first score with spread over seeds and interval; what it gains over the random row; the other scores' means."""
     heads = headlines(next(r for r in records if r["task"] == task))
     first, *others = COLUMNS[task]
-    others += [key for key in cells[0]["scores"] if key.startswith("recall ")] if any(c["imbalance"] for c in cells) else []
+    others += [rare_recall(study)] if any(c["imbalance"] for c in cells) else []
     lines = [["encoder", "" if task == "collapse" else "learnt from", f"{SHORT.get(first, first)} ± seeds" + " [95 %]" * bool(heads)]
              + ["over random [95 %]"] * bool(heads) + [SHORT.get(key, key) for key in others]]
     for cell in cells:
         score, base = cell["scores"][first], base_of(study, cell["model"])
         spread = f" ± {number(score['spread'])}" if math.isfinite(score["spread"]) else ""
-        line = [cell["model"], f"{describe((cell['labels'], cell['imbalance'], cell['augment']))} ({cell['train_images']:.0f} images)" if heads else "",
+        line = [cell["model"], f"{describe(condition_of(cell))} ({cell['train_images']:.0f} images)" if heads else "",
                 number(score["mean"]) + spread + (bracket(cell["interval"][first]) if heads else "")]
         if heads:
             line.append("" if cell["model"] == base else over(differences, cell, base, first))
@@ -180,28 +186,33 @@ def print_table(study, task, cells, differences, records):
         print("  " + "  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip())
 
 
+def rare_recall(study):
+    target = study.targets["labels"]
+    return f"recall {target.classes[target.rare]}"
+
+
 def frozen(records, task):
     return all("frozen" in r for r in records if r["task"] == task)
 
 
 def over(differences, cell, base, metric):
-    same = ("task", "labels", "imbalance", "augment")
     for d in differences:
-        if (d["first"], d["second"], d["metric"]) == (cell["model"], base, metric) and all(d[k] == cell[k] for k in same):
+        if (d["task"], d["first"], d["second"], d["metric"]) == (cell["task"], cell["model"], base, metric) and condition_of(d) == condition_of(cell):
             return number(d["mean"], "+") + bracket(d["interval"])
     return "n/a"
 
 
 def print_pairs(study, differences):
-    """Differences between the encoders that are not random."""
-    random = {m.name for m in study.models if not m.file}
-    shown = [d for d in differences if not {d["first"], d["second"]} & random]
+    """Differences between the encoders that are not random, for the first condition of each task; the others are in results.json."""
+    random, first = {m.name for m in study.models if not m.file}, {}
+    for d in differences:
+        first.setdefault(d["task"], condition_of(d))
+    shown = [d for d in differences if not {d["first"], d["second"]} & random and d["metric"] in MAIN and condition_of(d) == first[d["task"]]]
     if shown:
         print("\npaired differences [95 % by patient] (± 95 % over seeds)")
     for d in shown:
-        where = describe((d["labels"], d["imbalance"], d["augment"]))
         half = f" (± {number(d['half_width_over_seeds'])})" if math.isfinite(d["half_width_over_seeds"]) else ""
-        print(f"  {d['task']}, {where}: {d['first']} - {d['second']}: {SHORT[d['metric']]} {number(d['mean'], '+')}{bracket(d['interval'])}{half}")
+        print(f"  {d['task']}, {describe(condition_of(d))}: {d['first']} - {d['second']}: {SHORT[d['metric']]} {number(d['mean'], '+')}{bracket(d['interval'])}{half}")
 
 
 # ---- pictures
@@ -236,7 +247,7 @@ def draw(study, records, found, out):
             draw_steps(study, own, path(f"steps-{task}"))
     first = {task: next(r for r in records if r["task"] == task) for task in dict.fromkeys(r["task"] for r in records)}
     for task, start in first.items():
-        fits = [r for r in records if cell_of(r)[:4] == cell_of(start)[:4]]
+        fits = [r for r in records if cell_of(r) == cell_of(start)]
         if "curve" in start:
             draw_convergence(study, fits, path(f"convergence-{task}"))
         for r in (r for r in fits if r["seed"] == start["seed"]):
@@ -252,7 +263,7 @@ def draw(study, records, found, out):
 
 
 def main_metric(cell):
-    return "dice" if "dice" in cell["scores"] else "balanced_accuracy"
+    return next(metric for metric in MAIN if metric in cell["scores"])
 
 
 def band(cell):
@@ -271,9 +282,9 @@ def draw_scores(study, cells, path):
     first = {task: next(c for c in cells if c["task"] == task) for task in dict.fromkeys(c["task"] for c in cells)}
     names, series, intervals = [m.name for m in study.models], {}, {}
     for task, start in first.items():
-        own = {c["model"]: c for c in cells if all(c[k] == start[k] for k in ("task", "labels", "imbalance", "augment"))}
+        own = {c["model"]: c for c in cells if cell_of(c) == cell_of(start)}
         metric = main_metric(start)
-        label = f"{task}: {SHORT[metric]}, {describe((start['labels'], start['imbalance'], start['augment']))}"
+        label = f"{task}: {SHORT[metric]}, {describe(condition_of(start))}"
         series[label] = [own[n]["scores"][metric]["mean"] if n in own else math.nan for n in names]
         intervals[label] = list(zip(*(own[n]["interval"][metric] if n in own else (math.nan, math.nan) for n in names)))
     plots.bars(names, series, path, f"{study.dataset.name}: test split, 95 % intervals by patient", "score", intervals)
@@ -294,16 +305,15 @@ def draw_series(study, cells, axis, path):
                "bands": {name: tuple(zip(*(band(c)[1:] for c in own))) for name, own in lines.items()},
                "title": f"{study.dataset.name}, test: {task}; {band_words(cells)}", "x_label": AXES[axis], "y_label": SHORT[metric]}]
     if axis == "imbalance":
-        target = study.targets["labels"]
-        rare = target.classes[target.rare]
-        charts.append({"series": {name: (xs[name], [c["scores"][f"recall {rare}"]["mean"] for c in own]) for name, own in lines.items()}, "log_x": log,
-                       "title": f"the class that is made rare: {rare}", "x_label": AXES[axis], "y_label": "recall"})
+        rare = rare_recall(study)
+        charts.append({"series": {name: (xs[name], [c["scores"][rare]["mean"] for c in own]) for name, own in lines.items()}, "log_x": log,
+                       "title": "the class that is made rare", "x_label": AXES[axis], "y_label": rare})
     plots.panels(charts, path, size=(760, 460))
 
 
 def draw_steps(study, cells, path):
     """Score against the step of pretraining, a line per run that several checkpoints were given of, and the random encoder as a level."""
-    same = [c for c in cells if all(c[key] == cells[0][key] for key in AXES)]
+    same = [c for c in cells if cell_of(c) == cell_of(cells[0])]
     own, runs = {c["model"]: band(c) for c in same}, {}
     for m in sorted((m for m in study.models if m.step is not None and m.name in own), key=lambda m: m.step):
         runs.setdefault(str(m.name).split("@")[0], []).append((m.step, *own[m.name]))
@@ -322,5 +332,5 @@ def draw_convergence(study, fits, path):
             epochs, mean, spread = curves[0, :, 0], curves[:, :, 1].mean(0), curves[:, :, 1].std(0)
             series[m.name], bands[m.name] = (epochs, mean), (mean - spread, mean + spread)
     start = fits[0]
-    plots.curves(series, path, f"{study.dataset.name}, validation: {start['task']}, {describe((start['labels'], start['imbalance'], start['augment']))}; "
-                 "band: ± standard deviation over seeds", "epochs", SHORT["dice" if "dice" in start["scores"] else "balanced_accuracy"], bands=bands)
+    plots.curves(series, path, f"{study.dataset.name}, validation: {start['task']}, {describe(condition_of(start))}; "
+                 "band: ± standard deviation over seeds", "epochs", SHORT[main_metric(start)], bands=bands)

@@ -55,7 +55,7 @@ def find_target(dataset, groups, kind, note):
         rows["val"] = beginning(order, groups[order], "0.15")
         rows["train"] = np.setdiff1d(rows["train"], rows["val"])
         note(f"{dataset.name} has no validation split with {kind}: {len(rows['val'])} training images are kept for it")
-    seen = {name: set(np.flatnonzero(held[rows[name]].any(0)) if kind == "masks" else values[rows[name]]) for name in rows}
+    seen = {name: set(np.flatnonzero(held[own].any(0)) if kind == "masks" else values[own]) for name, own in rows.items()}
     if len(seen["train"]) < 2:
         raise ValueError(f"{dataset.name}: the training {kind} hold only one class ({classes[min(seen['train'])]}): there is nothing to tell apart")
     for name in ("train", "test"):
