@@ -6,7 +6,7 @@ The idea. An autoencoder may copy. Here copying is wrong: grey values are mapped
 within small blocks, and boxes, or all but some boxes, are noise. To undo this one has to know which tissue has which
 grey value, what its texture and borders look like, and what lies beside what.
 
-The algorithm. (The numbers are ours.)
+The algorithm.
   x = flipped image; the flip is all that happens to the target                                                    (1)
   with probability 0.5: pixels change places within random blocks (`local_shuffle`)                                (2)
   with probability 0.9: grey values go through a random Bezier curve (`bezier_map`)                                (3)

@@ -330,7 +330,8 @@ def at_least_float32(*tensors):
 
 
 def all_ranks(x):
-    """Rows of every process in rank order. The gradient of the own rows is multiplied by the number of processes, because the loop averages it."""
+    """Rows of every process in rank order. The gradient of the own rows is multiplied by the number of processes,
+    because the loop averages it."""
     if not (dist.is_available() and dist.is_initialized()):
         return x
     rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]

@@ -8,29 +8,29 @@ also restore the picture; and for there to be more than one picture to restore, 
 which flips and quarter turns the result shall differ from the view. A mixture of both views' features has to restore
 the mixture of both pictures.
 
-The algorithm. (The numbers are ours.)
+The algorithm.
   a, b = two crops of the image; x1, x2 = a, b in- or out-painted, each with probability 0.4                       (1)
-  T: a flip left-right and up-down, each or not, then one of four quarter turns; c = its code, 2 + 4 bits          (2)
+  R: a flip left-right and up-down, each or not, then one of four quarter turns; c = its code, 2 + 4 bits          (2)
   F = maps of the encoder f(x1), F' = maps of its slow copy f'(x2), M = alpha F + (1 - alpha) F' at every level,
   alpha = max(u, 1 - u), u uniform in [0, 1]                                                                       (3)
-  q, m = normalised g(pooled coarsest map of F, of M), k = normalised g'(the same of F'): projector g, slow copy g' (4)
+  q, p = normalised g(pooled coarsest map of F, of M), k = normalised g'(the same of F'): projector g, slow copy g' (4)
   contrast = mean of -log [ exp(q.k / T) / (exp(q.k / T) + sum over queue rows n of exp(q.n / T)) ],
-  contrast_mix: the same with m in place of k                                                                      (5)
-  restored = sigmoid(d(maps)), after the coarsest map's channels were multiplied by sigmoid(h(c)): decoder d       (6)
-  restoration, _key, _mix = mean squares of restored from F, F', M minus T(a), T(b), alpha T(a) + (1 - alpha) T(b) (7)
+  contrast_mix: the same with p in place of k                                                                      (5)
+  restored = sigmoid(d(maps)), after the coarsest map's channels were multiplied by sigmoid(e(c)): decoder d       (6)
+  restoration, _key, _mix = mean squares of restored from F, F', M minus R(a), R(b), alpha R(a) + (1 - alpha) R(b) (7)
   loss = (contrast + contrast_mix) / 2 + (restoration + restoration_key + restoration_mix) / 3                     (8)
-  f' <- m f' + (1 - m) f, likewise g'; k replaces the oldest rows of the queue             after the step          (9)
+  f' <- momentum f' + (1 - momentum) f, likewise g'; k replaces the queue's oldest rows     after the step          (9)
 Keys are encoded in shuffled order, in chunks with BatchNorm statistics of their own, as in MoCo. "chance" is Eq. 8 for
 a network that knows nothing: ln(K + 1), K the queue's length, and for each restoration the error of painting every
-picture evenly, in its mean. The contrast is near 9 and the restorations are below 0.1, so look at them one by one. In
-runs of about a thousand steps the contrast leads, and the decoder hardly obeys the code yet.
+picture evenly, in its mean. The contrast may reach 9.7 and the restorations are below 0.1, so look at them one by one. With
+a small network at 64 pixels the decoder hardly obeyed the code after 250 steps: the contrast leads at first.
 
-Shapes. images (B, C, H, W) -> views x1, x2 and targets T(a), T(b) (B, C, h, h), codes c (B, 6), alpha (B,), order (B,)
--> maps (B, widths[i], h / strides[i], ...) -> unit q, k, m (B, D) and three pictures (B, C, h, h) -> one number.
-"restored" is the first picture with T undone, so that it lies over x1.
+Shapes. images (B, C, H, W) -> views x1, x2 and targets R(a), R(b) (B, C, h, h), codes c (B, 6), alpha (B,), order (B,)
+-> maps (B, widths[i], h / strides[i], ...) -> unit q, k, p (B, D) and three pictures (B, C, h, h) -> one number.
+"restored" is the first picture with R undone, so that it lies over x1.
 
 Differences. In 2D, as in Zhang et al. 2023, with 6 bits for 7. Image and features are mixed with the same alpha; the
-code drew two, so that its target was not the mixture of what was mixed. One T serves both crops and the mixture. The
+code drew two, so that its target was not the mixture of what was mixed. One R serves both crops and the mixture. The
 mixture's embedding carries gradient, and painting is split as in Genesis, 0.2 inside (both our reading). There the blur
 falls on the views alone; here it is a part of the augmentation, so targets have it too. Encoder and decoder are handed
 in; only the coarsest map is multiplied, so with skip connections the finer ones reach the decoder unturned. Across
@@ -142,7 +142,8 @@ def flip(images, code):
 def rotate(images, turns):
     """Image i of (B, C, S, S) turned counter-clockwise by turns[i] * 90 degrees. rotate(rotate(x, t), -t) is x."""
     if images.shape[2] != images.shape[3]:
-        raise ValueError(f"only square images can be turned and stay in one batch; these are {images.shape[2]} x {images.shape[3]}")
+        raise ValueError(f"only square images stay in one batch when turned; these are "
+                         f"{images.shape[2]} x {images.shape[3]}")
     four = torch.stack([images.rot90(k, (2, 3)) for k in range(4)])         # (4, B, C, S, S)
     return four[turns % 4, torch.arange(len(images), device=images.device)]  # (B, C, S, S)
 
@@ -250,7 +251,8 @@ def at_least_float32(*tensors):
 
 
 def all_ranks(x):
-    """Rows of every process in rank order. The gradient of the own rows is multiplied by the number of processes, because the loop averages it."""
+    """Rows of every process in rank order. The gradient of the own rows is multiplied by the number of processes,
+    because the loop averages it."""
     if not (dist.is_available() and dist.is_initialized()):
         return x
     rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]

@@ -63,7 +63,8 @@ class Rotation(nn.Module):
 def rotate(images, turns):
     """Image i of (B, C, S, S) turned counter-clockwise by turns[i] * 90 degrees. rotate(rotate(x, t), -t) is x."""
     if images.shape[2] != images.shape[3]:
-        raise ValueError(f"only square images can be turned and stay in one batch; these are {images.shape[2]} x {images.shape[3]}")
+        raise ValueError(f"only square images stay in one batch when turned; these are "
+                         f"{images.shape[2]} x {images.shape[3]}")
     four = torch.stack([images.rot90(k, (2, 3)) for k in range(4)])         # (4, B, C, S, S)
     return four[turns % 4, torch.arange(len(images), device=images.device)]  # (B, C, S, S)
 
