@@ -27,7 +27,7 @@ from medssl import METHODS
 from medssl.common import augment, cli, data, encoders, feed, files, loop, metrics, optim, plots, readouts, unet
 
 # On the built-in set these stand in for a method's RECIPE: small, and about two minutes on two CPU cores.
-PHANTOM_PRESET = {"encoder": "tiny", "size": 64, "batch": 64, "steps": 600, "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.01, "warmup": 40,
+PHANTOM_PRESET = {"encoder": "tiny", "size": 64, "batch": 64, "steps": 800, "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.01, "warmup": 40,
                   "settings": {"queue_size": 1024, "momentum": 0.99, "width": 64, "prototypes": 100, "freeze": 40}}
 FILLED = ("encoder", "augment", "decoder", "small", "channels", "size", "parts", "weights")     # words that are not set with --set
 

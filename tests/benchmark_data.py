@@ -102,7 +102,7 @@ def main(count):
             first, second = opened(folder, root / "cache"), opened(folder, root / "cache")
             print(f"opening    {second['count']} images in {second['seconds']:.2f} s from the cache, "
                   f"{first['seconds']:.1f} s the first time")
-            print(f"memory     +{second['grown']:.1f} MB anonymous from the cache; first time +{first['grown']:.1f} MB, "
+            print(f"memory     +{second['grown']:.1f} MB anonymous from cache; first time +{first['grown']:.1f} MB, "
                   f"at most +{first['peak']:.1f} MB; the images are {second['count'] * SIZE * SIZE / 1e6:.0f} MB")
     finally:
         shutil.rmtree(root)

@@ -69,7 +69,7 @@ ANATOMY = (
 HOSTS = [row for row in ANATOMY if row[0] in (LIVER, SPLEEN, KIDNEY) and row[1] > 0]                # where lesions sit
 DECK = (3, 8, 4, 2)                                                 # of 17 patients, by class
 LESIONS = (9, 15)                                                           # from, up to but not, how many a patient has
-SPLITS = np.array(("train", "test", "val", "train", "train", "train", "test", "train", "train", "train"))  # of ten
+SPLITS = np.array(("train", "test", "val", "train", "train", "val", "test", "train", "train", "train"))  # of ten
 
 
 def make(count=2000, size=96, seed=0):
