@@ -295,7 +295,7 @@ def _metaimage(path):
 
 # DICOM
 
-def _open_dicom(path, **words):
+def open_dicom(path, **words):
     """pydicom's data set: the fields of a DICOM file."""
     try:
         import pydicom.pixels
@@ -307,12 +307,12 @@ def _open_dicom(path, **words):
 def small_is_bright(path):
     """True for DICOM files of kind MONOCHROME1 (many X-rays): to look like the others, they must be inverted."""
     with naming(path):
-        header = _open_dicom(path, stop_before_pixels=True) if suffix(path) in DICOM else {}
+        header = open_dicom(path, stop_before_pixels=True) if suffix(path) in DICOM else {}
         return header.get("PhotometricInterpretation") == "MONOCHROME1"
 
 
 def _dicom(path):
-    file = _open_dicom(path)
+    file = open_dicom(path)
     if "PixelData" not in file:
         raise ValueError("is a DICOM file without a complete picture")
     if "SharedFunctionalGroupsSequence" in file:
@@ -333,7 +333,7 @@ def read_series(folder):
         slices = []
         for path in sorted(p for p in Path(folder).iterdir() if suffix(p) in DICOM):
             with naming(path):
-                head = _open_dicom(path, stop_before_pixels=True)
+                head = open_dicom(path, stop_before_pixels=True)
                 place = number = float(head.get("InstanceNumber") or 0)
                 if "ImagePositionPatient" in head and "ImageOrientationPatient" in head:
                     rows, columns = np.reshape(head.ImageOrientationPatient, (2, 3)).astype(float)

@@ -229,7 +229,7 @@ def is_series(folder, names):
     heads = []
     for path in (os.path.join(folder, name) for name in names[:2]):
         with readers.naming(path):
-            heads.append(readers._open_dicom(path, stop_before_pixels=True).get("SeriesInstanceUID"))
+            heads.append(readers.open_dicom(path, stop_before_pixels=True).get("SeriesInstanceUID"))
     return heads[0] is not None and heads[0] == heads[1]
 
 

@@ -1,0 +1,245 @@
+"""Read-outs against brute force and cases done by hand: kNN, the linear probe, losses, freezing, selection, and the rows that may be learned from."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from medssl.common import augment, feed, loop, metrics, readouts, subsets
+from medssl.common.data import Dataset
+from tests.common import batch, tiny_encoder
+
+
+def pictures(count=24, seed=0):
+    """Gray pictures of two classes, dark and bright, with the bright half as mask."""
+    labels = np.arange(count) % 2
+    images = (batch(count, 1, 32, seed).numpy() * 100 + 120 * labels[:, None, None, None]).astype(np.uint8)
+    masks = np.zeros((count, 32, 32), np.uint8)
+    masks[:, :, 16:] = 1
+    images[:, 0, :, 16:] //= 2
+    return Dataset("pictures", images, labels.astype(np.int64), ("dark", "bright"), masks)
+
+
+def config(**words):
+    return loop.Config(**{"steps": 4, "batch": 8, "lr": 1e-2, "optimizer": "adamw", "device": "cpu", **words})
+
+
+# ---- frozen features
+
+def test_knn_is_brute_force():
+    generator = torch.Generator().manual_seed(0)
+    known, asked = (torch.randn(n, 5, generator=generator, dtype=torch.float64) for n in (30, 7))
+    labels = torch.randint(4, (30,), generator=generator).numpy()
+    shares = readouts.knn(known, labels, asked, k=9, temperature=0.2)
+    for row, share in zip(asked, shares):
+        similar = sorted(((torch.dot(row, x) / row.norm() / x.norm()).item(), c) for x, c in zip(known, labels))[-9:]
+        votes = [sum(math.exp(s / 0.2) for s, c in similar if c == kind) for kind in range(4)]
+        np.testing.assert_allclose(share, np.array(votes) / sum(votes), rtol=1e-10)
+    assert readouts.knn(known[:3], labels[:3], asked).sum(1) == pytest.approx(1)                             # fewer than k
+
+
+def test_logistic_regression_by_hand():
+    """Two points at -1 and 1: the weight difference d solves l2 d = 2 sigmoid(-d); and every solution has no gradient left."""
+    x, y = torch.tensor([[-1.0], [1.0]], dtype=torch.float64), torch.tensor([0, 1])
+    weights = readouts.logistic(x, y, 2, 0.3)
+    gap = (weights[0, 1] - weights[0, 0]).item()
+    assert 0.3 * gap == pytest.approx(2 / (1 + math.exp(gap)), abs=1e-4) and weights[1].abs().max() < 1e-4
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(40, 3, generator=generator, dtype=torch.float64), torch.randint(3, (40,), generator=generator)
+    weights = readouts.logistic(x, y, 3, 0.05)
+    wrong = (readouts.affine(x, weights).softmax(1) - nn.functional.one_hot(y, 3)) / 40
+    torch.testing.assert_close(x.T @ wrong + 0.05 * weights[:-1], torch.zeros(3, 3, dtype=torch.float64), atol=1e-5, rtol=0)
+    assert wrong.sum(0).abs().max() < 1e-5
+    doubled = readouts.logistic(torch.cat([x, x[y == 2]]), torch.cat([y, y[y == 2]]), 3, 0.05)              # a weight is a repetition
+    weighted = readouts.logistic(x, y, 3, 0.05, torch.tensor([1.0, 1.0, 2.0], dtype=torch.float64))
+    torch.testing.assert_close(weighted, doubled, atol=1e-4, rtol=0)
+
+
+def test_linear_probe_chooses_on_validation(monkeypatch):
+    """One feature tells the classes, 40 are noise that 40 training images can be learnt by heart with: a weak penalty overfits."""
+    labels, train, val, test = np.arange(1040) % 2, np.arange(40), np.arange(40, 540), np.arange(540, 1040)
+    features = torch.randn(1040, 41, generator=torch.Generator().manual_seed(0))
+    features[:, 0] += 2.0 * torch.tensor(labels)
+    features = torch.cat([features, torch.full((1040, 1), 7.0)], 1)         # a constant feature does no harm
+    predict, chosen = readouts.linear_probe(features, labels, train, val, 2)
+    assert metrics.balanced_accuracy(labels[val], predict(val).argmax(1)) == chosen["validation"]
+    scores = {}
+    for l2 in readouts.L2_GRID:
+        monkeypatch.setattr(readouts, "L2_GRID", (l2,))
+        alone, scores[l2] = readouts.linear_probe(features, labels, train, val, 2)
+    scores = {l2: found["validation"] for l2, found in scores.items()}
+    assert chosen["validation"] > scores[1e-5] + 0.02 and chosen["validation"] == pytest.approx(max(scores.values()), abs=0.005)
+    assert metrics.balanced_accuracy(labels[test], predict(test).argmax(1)) > metrics.balanced_accuracy(labels[test], alone(test).argmax(1))
+
+
+def test_extraction_changes_nothing():
+    encoder, data = tiny_encoder().train(), pictures()
+    before = readouts.fingerprint(encoder)
+    features = readouts.extract(encoder, data.images, np.arange(24), torch.device("cpu"), size=10)
+    assert encoder.training and readouts.fingerprint(encoder) == before and features.shape == (24, encoder.dim)
+    whole = readouts.extract(encoder, data.images, np.arange(24), torch.device("cpu"))
+    torch.testing.assert_close(features, whole)                             # in evaluation mode the batch does not matter
+    encoder.bn1.running_mean += 1e-3
+    assert readouts.fingerprint(encoder) != before
+
+
+# ---- losses
+
+def test_losses_by_hand():
+    """Two pixels, three classes, class 2 absent: shares (0.8, 0.1, 0.1) for truth 0 and (0.3, 0.6, 0.1) for truth 1."""
+    shares = torch.tensor([[[0.8, 0.3], [0.1, 0.6], [0.1, 0.1]]], dtype=torch.float64)
+    targets = torch.tensor([[0, 1]])
+    dice = (2 * 0.8 / (1.1 + 1) + 2 * 0.6 / (0.7 + 1)) / 2
+    jaccard = (0.8 / (1.1 + 1 - 0.8) + 0.6 / (0.7 + 1 - 0.6)) / 2
+    entropy = -(math.log(0.8) + math.log(0.6)) / 2
+    assert readouts.soft_jaccard(shares.log(), targets).item() == pytest.approx(1 - jaccard)
+    assert readouts.soft_dice(shares.log(), targets).item() == pytest.approx(1 - dice + entropy)
+    assert readouts.LOSSES["ce"](shares.log(), targets).item() == pytest.approx(entropy)
+    weighted = -(math.log(0.8) + 3 * math.log(0.6)) / 4
+    assert readouts.LOSSES["balanced"](shares.log(), targets, torch.tensor([1.0, 3.0, 9.0]).double()).item() == pytest.approx(weighted)
+    assert readouts.balanced_weights([30, 10, 0]).tolist() == pytest.approx([40 / 60, 2, 0])                # 30 * 2/3 = 10 * 2
+
+
+def test_masks_take_the_way_of_the_images():
+    images = (torch.rand(8, 1, 16, 16, generator=torch.Generator().manual_seed(0)) > 0.5).float()
+    method = readouts.Segmenter(tiny_encoder(), augment.build("S2", 16), nn.Identity(), 2)
+    torch.manual_seed(3)
+    x, y = method.views(images, images[:, 0].byte())
+    assert torch.equal((x[:, 0] > 0.5).long(), y) and not torch.equal(x, images)                             # quarter turns only: exact
+
+
+def test_the_linear_head_is_linear():
+    maps = [torch.randn(2, width, side, side, generator=torch.Generator().manual_seed(width)) for width, side in ((4, 16), (8, 8), (16, 4))]
+    for strides, side in (((4, 8, 16), 16), ((2, 4, 8), 8)):
+        head = readouts.LinearHead((4, 8, 16), strides, 3)
+        head(maps)
+        head.eval()
+        one, two, none = head(maps), head([3 * m for m in maps]), head([0 * m for m in maps])
+        assert one.shape == (2, 3, side, side)
+        torch.testing.assert_close(two - none, 3 * (one - none), atol=1e-4, rtol=1e-4)
+
+
+# ---- training
+
+def test_a_frozen_encoder_stays_as_it_is():
+    data, encoder, modes = pictures(), tiny_encoder(), []
+    encoder.register_forward_hook(lambda module, *_: modes.append(module.bn1.training))
+    for method in (readouts.Classifier(encoder, augment.build("S1", 32), 2),
+                   readouts.Segmenter(encoder, augment.build("S1", 32), readouts.LinearHead(encoder.widths, encoder.strides, 2), 2)):
+        before, head = readouts.fingerprint(encoder), readouts.fingerprint(method.head)
+        readouts.tune(method, data, np.arange(24), lambda m: 0.0, config(), look=2, frozen_steps=4)
+        assert readouts.fingerprint(encoder) == before and readouts.fingerprint(method.head) != head
+        assert not any(p.requires_grad for p in encoder.parameters()) and not any(m.training for m in encoder.modules())
+    assert modes and not any(modes)
+    readouts.release(encoder)
+    assert encoder.train().bn1.training and all(p.requires_grad for p in encoder.parameters())
+
+
+def test_freeze_then_release_is_two_fits(monkeypatch):
+    data, fits, original = pictures(), [], loop.fit
+
+    def fit(method, dataset, part, rows, weights, groups):
+        rates = {group["rate"] for group in groups}
+        fits.append((part.steps, part.seed, method.encoder.conv1.weight.requires_grad, rates, weights))
+        yield from original(method, dataset, part, rows, weights, groups)
+    monkeypatch.setattr(loop, "fit", fit)
+    method = readouts.Classifier(tiny_encoder(), augment.build("S1", 32), 2)
+    before, drawn = readouts.fingerprint(method.encoder), np.linspace(1, 2, 24)
+    curve = readouts.tune(method, data, np.arange(24), lambda m: 0.0, config(steps=5, seed=7), look=2, frozen_steps=2, weights=drawn, head_rate=10.0)
+    assert [step for step, _ in curve] == [0, 2, 4, 5]
+    assert [f[:4] for f in fits] == [(2, 14, False, {10.0}), (3, 15, True, {1.0, 10.0})] and all(f[4] is drawn for f in fits)
+    assert readouts.fingerprint(method.encoder) == before                   # the best score came first, while all was frozen
+    readouts.tune(method, data, np.arange(24), counter(), config(), look=2)
+    assert readouts.fingerprint(method.encoder) != before
+
+
+def counter():
+    calls = []
+    return lambda method: calls.append(0) or len(calls)
+
+
+def test_the_best_weights_on_validation_remain():
+    data, scores, states = pictures(), iter([0.9, 0.2, 0.7, 0.7, 0.1]), []
+    method = readouts.Classifier(tiny_encoder(), augment.build("S0", 32), 2)
+
+    def score(method):
+        states.append(readouts.fingerprint(method))
+        return next(scores)
+    curve = readouts.tune(method, data, np.arange(24), score, config(), look=1)
+    assert curve == [(0, 0.9), (1, 0.2), (2, 0.7), (3, 0.7), (4, 0.1)]
+    assert readouts.fingerprint(method) == states[2]                        # the first of the best; not the untrained, which is no result
+    assert readouts.steps_to(curve[1:], 0.7) == 2 and math.isnan(readouts.steps_to(curve, 1.0))
+
+
+def test_an_interrupted_fit_is_not_a_result(monkeypatch):
+    original = loop.fit
+    monkeypatch.setattr(loop, "fit", lambda *args: (record for _, record in zip(range(2), original(*args))))
+    with pytest.raises(KeyboardInterrupt):
+        readouts.tune(readouts.Classifier(tiny_encoder(), augment.build("S0", 32), 2), pictures(), np.arange(24), lambda m: 0.0, config(), look=1)
+
+
+def test_weights_balance_what_is_drawn():
+    labels = np.repeat([0, 1], [180, 20])
+    drawn = np.concatenate([feed.batch_order(200, 50, step, 0, 1 / np.bincount(labels)[labels]) for step in range(40)])
+    assert 0.45 < labels[drawn].mean() < 0.55
+
+
+# ---- scores
+
+def test_mask_scores_by_hand():
+    """Patient 0: two slices, class 1 found to a half in the first and absent in the second; patient 1: class 1 missed, class 2 invented."""
+    masks, predictions = np.zeros((2, 3, 2, 2), np.uint8)
+    masks[0], predictions[0] = [[1, 1], [0, 0]], [[1, 0], [0, 0]]
+    predictions[1] = [[0, 0], [0, 1]]
+    masks[2], predictions[2] = [[1, 0], [0, 0]], [[0, 0], [2, 2]]
+    scores, again, units, single = readouts.mask_scores(predictions, masks, ("0", "1", "2"), np.array([5, 5, 9]))
+    assert scores["dice 1"] == pytest.approx((2 * 1 / (2 + 2) + 0) / 2) and scores["dice 2"] == 0
+    assert scores["dice_per_slice 1"] == pytest.approx((2 / 3 + 0 + 0) / 3) and scores["iou 1"] == pytest.approx((1 / 3) / 2)
+    assert scores["dice"] == pytest.approx((0.25 + 0) / 2)                  # background is not in the mean
+    assert units.tolist() == [0, 1] and again(np.arange(2)) == pytest.approx([scores["dice"], scores["iou"]])
+    assert np.isnan(single[0, 1]) and again(np.array([0, 0])) == pytest.approx([0.5, 1 / 3])                 # class 2 is nowhere: left out
+
+
+def test_class_scores_are_the_metrics():
+    generator = np.random.default_rng(0)
+    for classes in (2, 3):
+        labels, shares = generator.integers(classes, size=50), generator.dirichlet(np.ones(classes), 50)
+        scores, again, units = readouts.class_scores(labels, shares, tuple("abc"[:classes]), np.arange(50))
+        assert scores["auc"] == metrics.auc(labels, shares) and scores["recall b"] == metrics.recalls(labels, shares.argmax(1))[1]
+        assert again(np.arange(50)).tolist() == [scores["balanced_accuracy"], scores["auc"]][:4 - classes]
+
+
+# ---- rows
+
+def test_subsets_are_nested_stratified_and_by_patient():
+    generator = np.random.default_rng(0)
+    groups = generator.integers(60, size=600)
+    labels = np.where(generator.random(60) < 0.8, 0, 1)[groups]             # a patient has one class
+    rows = np.arange(1000, 1600)
+    order = subsets.in_order(rows, groups, labels, seed=3)
+    assert sorted(order) == rows.tolist() and order.tolist() != subsets.in_order(rows, groups, labels, seed=4).tolist()
+    parts = [subsets.beginning(order, groups[order - 1000], amount) - 1000 for amount in ("7n", "0.1", "0.25", "0.5", "1.0")]
+    assert len(parts[0]) == 7 and len(parts[-1]) == 600
+    for small, large in zip(parts, parts[1:]):
+        assert set(small) < set(large)
+    for share, part in zip((0.1, 0.25, 0.5), parts[1:]):
+        assert abs(len(part) - 600 * share) <= 8                            # half a patient
+        assert set(np.flatnonzero(np.isin(groups, groups[part]))) == set(part)
+        assert abs(labels[part].mean() - labels.mean()) < 0.1
+    alone = subsets.in_order(rows, np.arange(600), labels, seed=0) - 1000   # every image its own patient: the shares hold from the start
+    assert abs(labels[alone[:20]].mean() - labels.mean()) <= 0.05
+    with pytest.raises(ValueError, match="--labels 601n"):
+        subsets.beginning(order, groups[order - 1000], "601n")
+
+
+def test_the_rare_class_is_made_rarer():
+    labels = np.repeat([0, 1, 2], [300, 200, 100])
+    target = subsets.Target(labels, tuple("abc"), labels, {"train": np.arange(600)})
+    groups = np.arange(600) // 3
+    drawn = {ratio: target.training(groups, "1.0", ratio, 0) for ratio in (None, 1, 10, 1000)}
+    assert [np.bincount(labels[rows]).tolist() for rows in drawn.values()] == [[300, 200, 100], [100, 100, 100], [100, 100, 10], [100, 100, 1]]
+    assert target.rare == 2 and set(drawn[1000]) < set(drawn[10]) < set(drawn[1]) < set(drawn[None])
+    few = target.training(groups, "0.2", 10, 0)
+    assert set(few) < set(drawn[10]) and abs(len(few) - 42) <= 3
