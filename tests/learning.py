@@ -49,7 +49,8 @@ def trained(name, steps, words, dataset, size=SIZE, encoder=None, lr=1e-3):
     method = train.build(name.split("+"), encoder, size, 1, {"settings": {}}, SimpleNamespace(set=words, views=None))
     config = loop.Config(steps=steps, batch=BATCH, lr=lr, optimizer="adamw", weight_decay=0.01, warmup=10, device="cpu", log_every=10)
     records = [r for r in loop.fit(method, dataset, config, dataset.rows("train")) if isinstance(r["loss"], float)]
-    return method, {key: sum(r[key] for r in records[-4:]) / 4 for key in records[-1] if key != "step"}
+    last = records[-4:]
+    return method, {key: sum(r[key] for r in last) / len(last) for key in last[0] if key != "step"}
 
 
 @torch.no_grad()

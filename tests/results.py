@@ -25,7 +25,7 @@ WORDS = {                          # what a method needs at this small size; eve
     "simclr": "--set temperature=0.2", "vicreg": "--set dim=512 hidden=512", "simsiam": "--set hidden=512 dim=256", "moco": "--set temperature=0.2",
     "spark": "--stem nopool", "relative": "--views mild --set gap=0.2 jitter=0.1", "jigsaw": "--views mild --set gap=0.2 jitter=0.1",
     "rubik": "--views mild", "swav": "--set crops=4"}
-SMALL = "--encoder tiny --size {size} --batch 64 --optimizer adamw --lr 1e-3 --weight-decay 0.01 --steps {steps} --device cpu"
+SMALL = "--encoder tiny --size {size} --batch 64 --optimizer adamw --lr 1e-3 --weight-decay 0.01 --steps {steps} --log-every 125 --device cpu"
 QUEUE = {"moco": " queue_size=1024 momentum=0.99", "medmoco": " queue_size=1024 momentum=0.99", "pcrl": " queue_size=1024 momentum=0.99", "spark": " width=64",
          "swav": " prototypes=100 freeze=40", "byol": " momentum=0.99"}
 

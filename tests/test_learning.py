@@ -1,16 +1,17 @@
 """Four methods learn in seconds; each has a number to reach that it does not reach untrained (`python tests/learning.py` has the others)."""
 
 import pytest
+import torch
 
 from medssl.common import phantoms
 from tests import learning
 from tests.common import tiny_encoder
 
 CASES = {                          # method: (steps, words, what is measured, sign, level)
-    "rotation": (50, [], "accuracy", ">", 0.8),
-    "simclr": (60, ["temperature=0.2"], "loss / chance", "<", 0.8),
-    "medmoco": (60, ["queue_size=64", "momentum=0.9"], "accuracy", ">", 0.1),
-    "spark": (60, ["width=32"], "textured", "<", 0.85),
+    "rotation": (40, [], "accuracy", ">", 0.7),
+    "simclr": (60, ["temperature=0.2"], "loss / chance", "<", 0.93),
+    "medmoco": (90, ["queue_size=64", "momentum=0.9"], "local", "<", 2.9),  # ln 20 = 3.0 by chance; the loss itself rises at first
+    "spark": (40, ["width=32"], "textured", "<", 0.85),
 }
 
 
@@ -22,11 +23,11 @@ def images():
 @pytest.mark.parametrize("name", CASES)
 def test_learns(name, images):
     steps, words, what, sign, level = CASES[name]
-    encoder = tiny_encoder(1, "nopool" if name == "spark" else "default")
-    untrained = learning.measure(what, *learning.trained(name, 1, words, images, 48, encoder=encoder), images)
-    trained = learning.measure(what, *learning.trained(name, steps, words, images, 48, encoder=encoder), images)
+    def value(steps):
+        torch.manual_seed(0)
+        encoder = tiny_encoder(1, "nopool" if name == "spark" else "default")
+        return learning.measure(what, *learning.trained(name, steps, words, images, 48, encoder=encoder, lr=0.01), images)
+
+    untrained, trained = value(1), value(steps)
     print(name, untrained, trained)
-    if sign == ">":
-        assert trained > level > untrained
-    else:
-        assert trained < level < untrained
+    assert trained > level > untrained if sign == ">" else trained < level < untrained

@@ -70,7 +70,7 @@ def test_linear_probe_chooses_on_validation(monkeypatch):
         monkeypatch.setattr(readouts, "L2_GRID", (l2,))
         alone, scores[l2] = readouts.linear_probe(features, labels, train, val, 2)
     scores = {l2: found["validation"] for l2, found in scores.items()}
-    assert chosen["validation"] > scores[1e-5] + 0.02 and chosen["validation"] == pytest.approx(max(scores.values()), abs=0.005)
+    assert chosen["validation"] > scores[1e-5] and chosen["validation"] == pytest.approx(max(scores.values()), abs=0.005)
     assert metrics.balanced_accuracy(labels[test], predict(test).argmax(1)) > metrics.balanced_accuracy(labels[test], alone(test).argmax(1))
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from . import augment, feed, loop, metrics, optim
 
-L2_GRID = (1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-5)                                # of the linear probe, strong to weak
+L2_GRID = (10.0, 1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-5)                                # of the linear probe, strong to weak
 
 
 # ---- frozen features

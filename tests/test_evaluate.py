@@ -1,0 +1,269 @@
+"""The command line of evaluate.py: what it writes, that it leaks nothing, and one clear line for every misuse."""
+
+import csv
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+from medssl.common import cli, encoders, fits, metrics, readouts, report
+from tests.common import batch
+
+FAST = ["--steps", "3", "--batch", "16", "--seeds", "2", "--device", "cpu"]
+PICTURES = {"scores.png", "labels-knn.png", "labels-unet.png", "convergence-finetune.png", "confusion-knn-run.png", "overlay-segment-random.png",
+            "overlay-unet-run.png", "spectrum.png"}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A set of 96 gray pictures (three classes by brightness, a bright block as mask, 24 patients), a run on it, and weights of other kinds."""
+    root = tmp_path_factory.mktemp("home")
+    lines, pictures = ["file,label,mask,split,group,one"], batch(96, 1, 32).numpy()[:, 0]
+    for folder in ("images", "masks"):
+        (root / "set" / folder).mkdir(parents=True)
+    for i, picture in enumerate(pictures):
+        kind, patient, mask = i % 3, i // 4, np.zeros((32, 32), np.uint8)
+        mask[8:20, 4 * (i % 4):4 * (i % 4) + 12] = 1
+        Image.fromarray((picture * 60 + 40 * kind + 60 * mask).astype(np.uint8)).save(root / f"set/images/{i}.png")
+        Image.fromarray(mask).save(root / f"set/masks/{i}.png")
+        split = "test" if patient % 4 == 1 else "val" if patient % 4 == 3 else "train"
+        lines.append(f"images/{i}.png,{'dark medium bright'.split()[kind]},masks/{i}.png,{split},p{patient},same")
+    (root / "set/split.csv").write_text("\n".join(lines))
+    make_run(root / "run", root / "set", 1, 32)
+    return root
+
+
+def make_run(folder, data, channels, size, mean=(0.3,), std=(0.2,)):
+    """A run as train.py leaves it, but untrained."""
+    folder.mkdir(exist_ok=True)
+    torch.manual_seed(9)
+    encoders.save(encoders.build("tiny", channels, "default", mean, std), folder / "encoder.pt")
+    (folder / "config.json").write_text(json.dumps({
+        "arguments": {"data": str(data), "label": "label", "seed": 0}, "data": {"channels": channels, "size": size, "classes": []},
+        "encoder": {"name": "tiny", "channels": channels, "stem": "default", "mean": mean, "std": std}}))
+
+
+@pytest.fixture(scope="module")
+def npz(tmp_path_factory):
+    """A MedMNIST file of 28-pixel pictures, bright or dark; and the same pictures with their labels shuffled."""
+    root = tmp_path_factory.mktemp("npz")
+    generator = np.random.default_rng(0)
+    labels = generator.integers(2, size=700)
+    images = (batch(700, 1, 24).numpy()[:, 0] * 100 + 80 * labels[:, None, None]).astype(np.uint8)
+    for name, kinds in (("true", labels), ("shuffled", generator.permutation(labels))):
+        parts = {"train": slice(0, 200), "val": slice(200, 300), "test": slice(300, 700)}
+        np.savez(root / f"{name}.npz", **{f"{part}_images": images[rows] for part, rows in parts.items()},
+                 **{f"{part}_labels": kinds[rows, None] for part, rows in parts.items()})
+    return root
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small(tmp_path_factory):
+    """One cache for all tests, and intervals from few draws."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEDSSL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(metrics, "bootstrap", functools.partial(metrics.bootstrap, repeats=40))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*words):
+    evaluate.main([str(word) for word in words])
+
+
+def fails(capsys, *words):
+    """What evaluate.py says when it is called wrongly; status 2 and a single line are part of it."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(lambda: run(*words))
+    said = capsys.readouterr().err.split("\r")[-1].strip()
+    assert stopped.value.code == 2 and "\n" not in said and "Traceback" not in said, said
+    return said
+
+
+@pytest.fixture(scope="module")
+def whole(home, tmp_path_factory):
+    """One evaluation with everything, watched: which rows each read-out was asked for, in order."""
+    asked, out = [], tmp_path_factory.mktemp("out") / "results"
+    patch = pytest.MonkeyPatch()
+    for name in ("by_neighbours", "by_line", "by_training"):
+        def solve(fit, original=getattr(fits, name)):
+            asked.append([fit.task])
+            predict, facts = original(fit)
+            return lambda rows: asked[-1].append(rows) or predict(rows), facts
+        patch.setattr(fits, name, solve)
+    original = readouts.answers
+    patch.setattr(readouts, "answers", lambda method, images, rows, *rest: asked[-1].append(rows) or original(method, images, rows, *rest))
+    run(home / "run", "--task", "knn", "linear", "finetune", "segment", "unet", "collapse", "--labels", "1.0", "7n", "--out", out, *FAST)
+    patch.undo()
+    return out, asked
+
+
+def test_results(whole, home):
+    out, _ = whole
+    found = json.loads((out / "results.json").read_text())
+    assert found["data"]["labels"]["images"] == {"train": 48, "val": 24, "test": 24} and found["data"]["masks"]["patients"]["train"] == 12
+    assert [m["name"] for m in found["models"]] == ["random", "run"]
+    assert len(found["fits"]) == 2 * 2 * (5 * 2 + 1) and len(found["cells"]) == 2 * 11
+    fits = {(f["task"], f["labels"], f["model"], f["seed"]): f for f in found["fits"]}
+    assert fits["knn", "7n", "run", 1]["train_images"] == 7 and fits["knn", "1.0", "run", 1]["train_patients"] == 12
+    assert fits["linear", "1.0", "run", 0]["l2"] in readouts.L2_GRID and np.array(fits["linear", "1.0", "run", 0]["confusion"]).sum() == 24
+    assert [epoch for epoch, _ in fits["finetune", "7n", "run", 0]["curve"]] == pytest.approx([0, 1 / 3, 2 / 3, 1], abs=1e-5)
+    for task in ("knn", "linear", "segment", "collapse"):                   # a random encoder of its own for every seed
+        assert len({f["frozen"] for f in found["fits"] if f["task"] == task and f["model"] == "random"}) == 2
+        assert len({f["frozen"] for f in found["fits"] if f["task"] == task and f["model"] == "run"}) == 1
+    cell = next(c for c in found["cells"] if (c["task"], c["labels"], c["model"]) == ("unet", "7n", "run"))
+    pair = next(d for d in found["differences"] if (d["task"], d["labels"], d["metric"]) == ("unet", "7n", "dice"))
+    own, base = ([fits["unet", "7n", name, seed]["scores"]["dice"] for seed in (0, 1)] for name in ("run", "random"))
+    assert cell["scores"]["dice"]["mean"] == pytest.approx(np.mean(own), abs=1e-5) and cell["seeds"] == 2
+    assert cell["scores"]["dice"]["spread"] == pytest.approx(np.std(own, ddof=1), abs=1e-5)
+    assert pair["mean"] == pytest.approx(np.mean(own) - np.mean(base), abs=1e-5) and pair["interval"][0] <= pair["mean"] <= pair["interval"][1]
+    assert {"epochs_to_95", "epochs_to_95_of_random", "iou", "dice_per_slice", "dice 1"} <= cell["scores"].keys()
+    with open(out / "results.csv") as file:
+        lines = list(csv.DictReader(file))
+    assert {"auc", "recall dark", "average_precision", "rank_me", "iou 1"} <= {line["metric"] for line in lines}
+    assert PICTURES <= {p.name for p in out.glob("*.png")}
+    for kind in ("run-finetune", "random-unet"):                            # what train.py --init takes
+        encoder = encoders.build("tiny", 1, "default")
+        assert encoders.load(out / kind, encoder)[0] == len(encoder.state_dict())
+        assert readouts.fingerprint(encoder) != fits["knn", "1.0", "run", 0]["frozen"]
+
+
+def test_the_test_split_is_scored_once_and_last(whole):
+    """Each of the 40 fits that learn asks for the 24 test rows once; before that, only training asks for validation rows."""
+    _, asked = whole
+    assert len(asked) == 40
+    test = {i for i in range(96) if i // 4 % 4 == 1}
+    for task, *rows in asked:
+        kinds = [set(r) == test or bool(set(r) & test) and "mixed" for r in rows]
+        trained = task in fits.TRAINED                                      # there `answers` sees the same rows a second time
+        assert kinds == [False] * (len(kinds) - 1 - trained) + [True] * (1 + trained), task
+
+
+def test_it_learns_what_is_there_and_no_more(npz):
+    """Bright and dark are told apart; with shuffled labels every read-out is at chance (400 test images: 0.5 +- 0.05)."""
+    for name in ("true", "shuffled"):
+        run("--data", npz / f"{name}.npz", "--encoder", "tiny", "--stem", "default", "--task", "knn", "linear", "finetune", "--seeds", "1", "--steps", "12", "--batch", "32",
+            "--out", name, "--device", "cpu")
+    for cell in json.loads(Path("true/results.json").read_text())["cells"]:
+        assert cell["scores"]["balanced_accuracy"]["mean"] > 0.9 and cell["interval"]["auc"][0] > 0.9, cell
+    for cell in json.loads(Path("shuffled/results.json").read_text())["cells"]:
+        assert abs(cell["scores"]["balanced_accuracy"]["mean"] - 0.5) < 0.08 and abs(cell["scores"]["auc"]["mean"] - 0.5) < 0.1, cell
+
+
+def test_series(home, capsys):
+    """Imbalance, resampling, strengths, freezing and checkpoints of one run; test images untouched."""
+    for step in (10, 9):
+        Path("many").mkdir(exist_ok=True)
+        (Path("many") / f"encoder-{step}.pt").write_bytes((home / "run/encoder.pt").read_bytes())
+    Path("many/config.json").write_bytes((home / "run/config.json").read_bytes())
+    run("many/encoder-10.pt", "many/encoder-9.pt", "--task", "linear", "finetune", "--imbalance", "1", "8", "--augment", "S0", "S6", "--resample",
+        "--freeze", "0.4", "--loss", "balanced", "--head-lr", "0.1", "--out", "out", "--steps", "3", "--batch", "16", "--seeds", "1", "--device", "cpu")
+    found = json.loads(Path("out/results.json").read_text())
+    assert [m["name"] for m in found["models"]] == ["random", "many@9", "many@10"]
+    sizes = {(f["imbalance"], f["augment"]): f["train_images"] for f in found["fits"]}
+    assert sizes == {(1, None): 48, (8, None): 34, (1, "S0"): 48, (1, "S6"): 48, (8, "S0"): 34, (8, "S6"): 34}
+    assert all(np.array(f["confusion"]).sum(1).tolist() == [8, 8, 8] for f in found["fits"])
+    assert {"imbalance-linear.png", "augment-finetune.png", "steps-finetune.png"} <= {p.name for p in Path("out").iterdir()}
+    said = capsys.readouterr().out
+    assert "in the first 1 the encoder is frozen" in said and "recall bright" in said and "unchanged" in said and "8 patients" not in said
+
+
+def test_exports(home, capsys):
+    run(home / "run", "--export", "encoder.pt", "--features", "out.npz", "--device", "cpu")
+    assert not Path("results").exists()                                     # nothing else was asked for
+    x = torch.rand(2, 1, 32, 32)
+    gray, colour = encoders.build("tiny", 1, "default", (0.3,), (0.2,)), encoders.build("tiny", 3, "default", (0.3,) * 3, (0.2,) * 3)
+    gray.load_state_dict(torch.load("encoder.pt", weights_only=True), strict=True)
+    colour.load_state_dict(torch.load("encoder-rgb.pt", weights_only=True), strict=True)
+    torch.testing.assert_close(gray.eval()(x), colour.eval()(x.repeat(1, 3, 1, 1)), atol=1e-4, rtol=1e-4)
+    assert json.loads(Path("encoder-rgb.json").read_text())["mean"] == pytest.approx([0.3] * 3)
+    with np.load("out.npz") as found:
+        assert found["features_run"].shape == found["features_random"].shape == (96, 128) and (np.abs(found["features_run"]).sum(1) > 0).all()
+        assert found["labels"].shape == found["patients"].shape == found["splits"].shape == (96,) and found["classes"].tolist() == ["bright", "dark", "medium"]
+
+
+def test_other_sizes_channels_and_files(home, capsys):
+    """Another size or channel count is converted, and said; bare weights tell their kind."""
+    run(home / "run", "--size", "40", "--channels", "3", "--task", "collapse", "--seeds", "1", "--device", "cpu")
+    assert "trained on 1 x 32 x 32 images and is scored on 3 x 40 x 40 ones, its first layer summed or spread" in capsys.readouterr().out
+    big = encoders.build("resnet18", 3)
+    state = {f"module.{key}": value for key, value in big.state_dict().items()} | {"module.fc.weight": torch.zeros(9, 512)}
+    torch.save({"state_dict": state}, "imagenet.pth")
+    run("imagenet.pth", home / "run", "--task", "collapse", "--seeds", "1", "--device", "cpu", "--out", "two")
+    found = json.loads(Path("two/results.json").read_text())
+    assert [m["name"] for m in found["models"]] == ["random resnet18 default", "random tiny default", "imagenet", "run"]
+    assert "as run saw them" in capsys.readouterr().out
+    assert "made with" in fails(capsys, "imagenet.pth", "--data", home / "set", "--encoder", "resnet50")
+
+
+def test_sets_that_lack_something(home, npz, capsys, tmp_path):
+    words = ["--device", "cpu", "--encoder", "tiny", "--task"]
+    assert "no masks" in fails(capsys, "--data", npz / "true.npz", *words, "segment")
+    for i in range(40):
+        Path(f"bare/{i % 2}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray((batch(1, 1, 32, i).numpy()[0, 0] * 200).astype(np.uint8)).save(f"bare/{i % 2}/{i}.png")
+    run("--data", "bare", *words, "knn", "--seeds", "1")
+    said = capsys.readouterr().out
+    assert "has no splits" in said and "scored" in said and "no patient numbers" in said and "random" in said
+    np.save("stack.npy", np.stack([np.full((32, 32), 3 * i, np.uint8) for i in range(30)]))
+    assert "no labels" in fails(capsys, "--data", "stack.npy", *words, "linear")
+    run("--data", "stack.npy", "--device", "cpu", "--encoder", "tiny", "--seeds", "1")
+    assert "neither labels nor masks" in capsys.readouterr().out
+    assert "only one class (same)" in fails(capsys, "--data", home / "set", "--label", "one", *words, "knn")
+    lines = (home / "set/split.csv").read_text().replace("images/", f"{home}/set/images/").replace("masks/", f"{home}/set/masks/").split("\n")
+    Path("lacking").mkdir()
+    kept = [line for line in lines if not (",bright," in line and ",train," in line) and ",val," not in line]
+    Path("lacking/split.csv").write_text("\n".join(kept))
+    run("--data", "lacking", *words, "knn", "linear", "--seeds", "1")
+    said = capsys.readouterr().out
+    assert "no image of the train split holds class bright: never predicted" in said and "no validation split" in said and "fewer than 20" in said
+
+
+def test_wrong_words(home, npz, capsys):
+    words = [home / "run", "--device", "cpu"]
+    assert "--data" in fails(capsys) and "no such file" in fails(capsys, "nothing.pt") and "nowhere" in fails(capsys, *words, "--data", "nowhere")
+    for flag, value in (("--task", "knm"), ("--labels", "0"), ("--labels", "1.5"), ("--labels", "0n"), ("--imbalance", "0.5"), ("--augment", "S7"),
+                        ("--seeds", "0"), ("--loss", "focal"), ("--lr", "-1"), ("--freeze", "-1")):
+        assert flag in fails(capsys, *words, flag, value)
+    assert "99n" in fails(capsys, *words, "--task", "knn", "--labels", "99n")
+    assert "--freeze" in fails(capsys, *words, "--task", "finetune", "--freeze", "10", "--epochs", "5")
+    assert "is for masks" in fails(capsys, *words, "--task", "finetune", "--loss", "dice")
+    assert "--imbalance" in fails(capsys, *words, "--task", "segment", "--imbalance", "10")
+    assert "exactly one" in fails(capsys, home / "run", *words, "--export", "x.pt")
+    Path("file").write_text("")
+    assert "file" in fails(capsys, *words, "--out", "file/deep")
+    assert not Path("results").exists()
+
+
+def test_evil_and_damaged_weights(home, capsys):
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (Path("touched"),)
+    torch.save({"conv1.weight": Evil()}, "evil.pt")
+    Path("noise.pt").write_bytes(bytes(5000))
+    state = torch.load(home / "run/encoder.pt", weights_only=True)
+    torch.save(state | {"bn1.weight": torch.full((16,), float("nan"))}, "nan.pt")
+    torch.save({"conv1.weight": torch.zeros(5, 1, 3, 3)}, "other.pt")
+    for name, word in (("evil", "refused"), ("noise", "refused"), ("nan", "not finite"), ("other", "those of none of")):
+        assert word in fails(capsys, f"{name}.pt", "--data", home / "set", "--device", "cpu")
+    assert not Path("touched").exists()
+    Path("hollow").mkdir()
+    assert "neither a run" in fails(capsys, "hollow")
+    Path("hollow/encoder.pt").write_bytes((home / "run/encoder.pt").read_bytes())
+    Path("hollow/config.json").write_text("{")
+    assert "damaged" in fails(capsys, "hollow")
+
+
+def test_words():
+    assert report.describe(evaluate.Condition("7n", 10.0, "S2")) == "labels 7n, imbalance 10, S2"
+    assert report.tidy({"a": float("nan"), "b": np.float32(0.5), "c": (np.int64(3),)}) == {"a": None, "b": 0.5, "c": [3]}
+    assert report.plain("a/b c@10") == "a_b_c@10"
