@@ -43,6 +43,9 @@ def main(argv=None):
     if args.features:
         save_features(study, args.features)
 
+    if not tasks:
+        return
+    study.out.mkdir(parents=True, exist_ok=True)                            # fails now rather than after an hour
     records, stopped = [], False
     try:
         with tqdm(total=len(cells) * len(study.models) * args.seeds, unit="fit", delay=0.5, dynamic_ncols=True) as bar:
@@ -97,6 +100,9 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.export and len(args.runs) != 1:
         parser.error("--export takes exactly one run or file of weights")
+    for flag, path in (("--export", args.export), ("--features", args.features)):
+        if path and not Path(path).absolute().parent.is_dir():
+            parser.error(f"{flag} {path}: there is no folder {Path(path).parent}")
     return args
 
 

@@ -4,6 +4,7 @@ import csv
 import functools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -100,8 +101,9 @@ def whole(home, tmp_path_factory):
             predict, facts = original(fit)
             return lambda rows: asked[-1].append(rows) or predict(rows), facts
         patch.setattr(fits, name, solve)
-    original = readouts.answers
-    patch.setattr(readouts, "answers", lambda method, images, rows, *rest: asked[-1].append(rows) or original(method, images, rows, *rest))
+    answers, probe = readouts.answers, readouts.linear_probe
+    patch.setattr(readouts, "answers", lambda method, images, rows, *rest: asked[-1].append(rows) or answers(method, images, rows, *rest))
+    patch.setattr(readouts, "linear_probe", lambda x, y, train, val, *rest: asked[-1].extend([train, val]) or probe(x, y, train, val, *rest))
     run(home / "run", "--task", "knn", "linear", "finetune", "segment", "unet", "collapse", "--labels", "1.0", "7n", "--out", out, *FAST)
     patch.undo()
     return out, asked
@@ -159,8 +161,10 @@ def test_it_learns_what_is_there_and_no_more(npz):
         assert abs(cell["scores"]["balanced_accuracy"]["mean"] - 0.5) < 0.08 and abs(cell["scores"]["auc"]["mean"] - 0.5) < 0.1, cell
 
 
-def test_series(home, capsys):
+def test_series(home, capsys, monkeypatch):
     """Imbalance, resampling, strengths, freezing and checkpoints of one run; test images untouched."""
+    tune, drawn = readouts.tune, []
+    monkeypatch.setattr(readouts, "tune", lambda *args: drawn.append((args[1].labels[args[2]], args[7], args[8])) or tune(*args))
     for step in (10, 9):
         Path("many").mkdir(exist_ok=True)
         (Path("many") / f"encoder-{step}.pt").write_bytes((home / "run/encoder.pt").read_bytes())
@@ -172,6 +176,7 @@ def test_series(home, capsys):
     sizes = {(f["imbalance"], f["augment"]): f["train_images"] for f in found["fits"]}
     assert sizes == {(1, None): 48, (8, None): 34, (1, "S0"): 48, (1, "S6"): 48, (8, "S0"): 34, (8, "S6"): 34}
     assert all(np.array(f["confusion"]).sum(1).tolist() == [8, 8, 8] for f in found["fits"])
+    assert len(drawn) == 12 and all(np.bincount(labels, weights).tolist() == pytest.approx([1, 1, 1]) and rate == 100 for labels, weights, rate in drawn)
     assert {"imbalance-linear.png", "augment-finetune.png", "steps-finetune.png"} <= {p.name for p in Path("out").iterdir()}
     said = capsys.readouterr().out
     assert "in the first 1 the encoder is frozen" in said and "recall bright" in said and "unchanged" in said and "8 patients" not in said
@@ -198,6 +203,10 @@ def test_other_sizes_channels_and_files(home, capsys):
     big = encoders.build("resnet18", 3)
     state = {f"module.{key}": value for key, value in big.state_dict().items()} | {"module.fc.weight": torch.zeros(9, 512)}
     torch.save({"state_dict": state}, "imagenet.pth")
+    Path("imagenet.json").write_text(json.dumps({"mean": [0.1, 0.2, 0.6], "std": [0.1, 0.2, 0.3]}))
+    gray = evaluate.load_encoder(evaluate.Model("imagenet", "resnet18", "default", Path("imagenet.pth")), SimpleNamespace(images=np.zeros((1, 1, 8, 8))), "cpu")
+    assert gray.mean == pytest.approx((0.3,)) and gray.std == pytest.approx((0.2,))
+    torch.testing.assert_close(gray.conv1.weight, big.conv1.weight.sum(1, keepdim=True))
     run("imagenet.pth", home / "run", "--task", "collapse", "--seeds", "1", "--device", "cpu", "--out", "two")
     found = json.loads(Path("two/results.json").read_text())
     assert [m["name"] for m in found["models"]] == ["random resnet18 default", "random tiny default", "imagenet", "run"]
@@ -239,6 +248,7 @@ def test_wrong_words(home, npz, capsys):
     assert "is for masks" in fails(capsys, *words, "--task", "finetune", "--loss", "dice")
     assert "--imbalance" in fails(capsys, *words, "--task", "segment", "--imbalance", "10")
     assert "exactly one" in fails(capsys, home / "run", *words, "--export", "x.pt")
+    assert "no folder" in fails(capsys, *words, "--export", "nowhere/x.pt") and "no folder" in fails(capsys, *words, "--features", "nowhere/x.npz")
     Path("file").write_text("")
     assert "file" in fails(capsys, *words, "--out", "file/deep")
     assert not Path("results").exists()
@@ -261,6 +271,21 @@ def test_evil_and_damaged_weights(home, capsys):
     Path("hollow/encoder.pt").write_bytes((home / "run/encoder.pt").read_bytes())
     Path("hollow/config.json").write_text("{")
     assert "damaged" in fails(capsys, "hollow")
+
+
+def test_differences_are_taken_seed_by_seed():
+    """Two random rows, two encoders, three seeds; each encoder is held against the random one of its own kind; a seed that one lacks is left out."""
+    kinds = {"random a": ("a", None), "random b": ("b", None), "one": ("b", "file"), "two": ("a", "file")}
+    study = SimpleNamespace(models=[SimpleNamespace(name=name, encoder=kind, stem="default", file=file) for name, (kind, file) in kinds.items()])
+    assert report.base_of(study, "one") == "random b" and report.base_of(study, "two") == report.base_of(study, "random a") == "random a"
+    records = [{"model": name, "seed": seed, "units": np.arange(4), "again": lambda rows, v=0.1 * i + 0.01 * seed: np.array([v, 2 * v]),
+                "scores": {"dice": 0.1 * i + 0.01 * seed, "iou": 0.5}} for i, name in enumerate(kinds) for seed in range(3) if (name, seed) != ("one", 2)]
+    cells, differences = report.summarise(study, "unet", evaluate.Condition("1.0", None, "S1"), records)
+    assert [c["seeds"] for c in cells] == [2] * 4 and cells[2]["scores"]["dice"]["mean"] == pytest.approx(0.205)
+    found = {(d["first"], d["second"], d["metric"]): d for d in differences}
+    assert len(found) == 12 and found["two", "random a", "dice"]["mean"] == pytest.approx(0.3)
+    assert found["two", "random a", "dice"]["interval"] == pytest.approx([0.3, 0.3]) and found["two", "one", "iou"]["interval"] == pytest.approx([0.2, 0.2])
+    assert found["two", "one", "dice"]["half_width_over_seeds"] == pytest.approx(0, abs=1e-9)
 
 
 def test_words():

@@ -59,7 +59,6 @@ def write(study, records, cells, tasks):
         here = [r for r in records if r["task"] == task and condition_of(r) == condition]
         new, pairs = summarise(study, task, condition, here)
         found, differences = found + new, differences + pairs
-    out.mkdir(parents=True, exist_ok=True)
     write_json(study, records, found, differences, tasks, out)
     write_csv(records, out)
     pictures = draw(study, records, found, out)
@@ -94,6 +93,8 @@ def summarise(study, task, condition, records):
     """The cells of one task and condition, one per encoder, and the differences of every two of them."""
     models = {m.name: [r for r in records if r["model"] == m.name] for m in study.models}
     models = {name: own for name, own in models.items() if own}
+    seeds = set.intersection(*({r["seed"] for r in own} for own in models.values())) if models else set()
+    models = {name: [r for r in own if r["seed"] in seeds] for name, own in models.items()}                   # a stopped run lacks some
     where = {"task": task, **condition._asdict()}
     heads = headlines(records[0]) if records else []
     pairs = list(itertools.combinations(models, 2))
@@ -114,7 +115,7 @@ def summarise(study, task, condition, records):
                                  for key, v in values.items()}, "interval": interval(number)})
     for number, (a, b) in enumerate(pairs, len(models)):
         for head in heads:
-            each = [[r["scores"][head] for r in models[name][:min(len(models[a]), len(models[b]))]] for name in (b, a)]
+            each = [[r["scores"][head] for r in models[name]] for name in (b, a)]
             mean, half = metrics.paired_difference(*each)
             differences.append({**where, "first": b, "second": a, "metric": head, "mean": mean, "interval": interval(number)[head],
                                 "half_width_over_seeds": half})
