@@ -342,7 +342,9 @@ def report(method, monitor, history, out, dataset, config, seconds, say):
     flat = tuple(tensor for view in views for tensor in (view if isinstance(view, tuple) else (view,)))
     plots.views_sheet(tuple(tensor.cpu() for tensor in flat), out / "views.png")
     if "restored" in outs:
-        plots.restored_sheet(images, tuple(tensor.cpu() for tensor in flat), outs["restored"].float().cpu(), out / "restored.png")
+        pictures = [tensor.cpu() for tensor in flat if tensor.ndim == 4 and tensor.is_floating_point()]
+        clean = {1: pictures[0], 2: pictures[-1]}.get(len(pictures), images)    # the view itself under a mask; (distorted, target); else the image
+        plots.restored_sheet(clean, tuple(tensor.cpu() for tensor in flat), outs["restored"].float().cpu(), out / "restored.png")
     draw_curves(history, out / "curves.png", monitor.start)
     plots.spectrum_chart(monitor.spectra, out / "spectrum.png")
     say(f"{history[-1]['step']} of {config.steps} steps in {seconds / 60:.1f} minutes")
