@@ -72,7 +72,7 @@ def parse(argv):
     add("runs", nargs="*", help="folders of runs, or files of weights (ours, torchvision's, timm's); none: the random encoder alone")
     add("--data", help="default: the first run's; 'phantoms' is built in")
     add("--label", help="column of split.csv (default: the first run's)")
-    add("--size", type=positive, help="side of the images (default: the first run's)")
+    add("--size", type=cli.positive, help="side of the images (default: the first run's)")
     add("--channels", type=int, choices=(1, 3), help="default: the first run's, else as the images are")
     add("--encoder", choices=encoders.ENCODERS, help="of the weight files, where their keys leave it open, and of the random row without any run")
     add("--stem", choices=encoders.STEMS, help="likewise")
@@ -81,16 +81,16 @@ def parse(argv):
     add("--imbalance", nargs="+", type=one_or_more, default=[None], help="1: all classes cut to the size of the rarest; 10: and of that one a tenth is kept")
     add("--resample", action="store_true", help="draw every class equally often (linear: weigh it; knn: no effect)")
     add("--augment", nargs="+", choices=STRENGTHS, default=["S1"], help="strength under finetune, segment and unet")
-    add("--freeze", type=not_negative, default=0, help="epochs with the encoder frozen before finetune and unet release it")
+    add("--freeze", type=cli.not_negative, default=0, help="epochs with the encoder frozen before finetune and unet release it")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=positive_number, default=10, help="an epoch has as many steps with few labels as with all")
-    length.add_argument("--steps", type=positive)
-    add("--batch", type=positive, default=64)
-    add("--lr", type=positive_number, default=1e-3, help="AdamW's")
-    add("--head-lr", type=positive_number, help="the head's (default: 10 times --lr for linear heads, --lr for the U-Net decoder)")
+    length.add_argument("--epochs", type=cli.positive_number, default=10, help="an epoch has as many steps with few labels as with all")
+    length.add_argument("--steps", type=cli.positive)
+    add("--batch", type=cli.positive, default=64)
+    add("--lr", type=cli.positive_number, default=1e-3, help="AdamW's")
+    add("--head-lr", type=cli.positive_number, help="the head's (default: 10 times --lr for linear heads, --lr for the U-Net decoder)")
     add("--loss", choices=readouts.LOSSES, help="balanced: class weights; dice (and cross-entropy; default) and jaccard: masks")
     add("--transfer", choices=("encoder", "encoder+decoder"), default="encoder", help="what unet takes from a run that had a decoder")
-    add("--seeds", type=positive, default=3, help="of subsets, heads, order and the random encoder")
+    add("--seeds", type=cli.positive, default=3, help="of subsets, heads, order and the random encoder")
     add("--out", metavar="DIR", help="default: results/NAME, numbered")
     add("--export", metavar="FILE", help="the one encoder, with torchvision's key names; and FILE-rgb for 3-channel programs")
     add("--features", metavar="FILE.npz", help="pooled features of all images, with labels, patients and splits")
@@ -106,26 +106,8 @@ def parse(argv):
     return args
 
 
-def positive(text):
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
-def not_negative(text):
-    if not 0 <= float(text) < math.inf:
-        raise ValueError
-    return float(text)
-
-
-def positive_number(text):
-    if not not_negative(text):
-        raise ValueError
-    return float(text)
-
-
 def one_or_more(text):
-    if not 1 <= not_negative(text):
+    if not 1 <= cli.not_negative(text):
         raise ValueError
     return float(text)
 

@@ -17,6 +17,7 @@ import os
 import platform
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -109,30 +110,30 @@ def parse(argv):
     add("--label", default="label", help="column of split.csv that holds the label")
     add("--encoder", choices=encoders.ENCODERS, help="default: tiny on phantoms, else resnet18")
     add("--stem", choices=encoders.STEMS, help="default: small below 40 pixels")
-    add("--size", type=positive, help="side of the images in pixels (default: the recipe's)")
-    add("--channels", type=positive, help="1 or 3 (default: as the images are)")
-    add("--batch", type=positive, help="images per step, over all processes and micro-batches")
-    add("--accum", type=positive, default=1, help="micro-batches per step")
+    add("--size", type=cli.positive, help="side of the images in pixels (default: the recipe's)")
+    add("--channels", type=cli.positive, help="1 or 3 (default: as the images are)")
+    add("--batch", type=cli.positive, help="images per step, over all processes and micro-batches")
+    add("--accum", type=cli.positive, default=1, help="micro-batches per step")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=positive)
-    length.add_argument("--epochs", type=positive_number)
+    length.add_argument("--steps", type=cli.positive)
+    length.add_argument("--epochs", type=cli.positive_number)
     add("--optimizer", choices=optim.OPTIMIZERS)
-    add("--lr", type=positive_number, help="per 256 images with sgd, lars and lamb; as it stands with adam and adamw")
+    add("--lr", type=cli.positive_number, help="per 256 images with sgd, lars and lamb; as it stands with adam and adamw")
     add("--weight-decay", type=float)
     add("--views", choices=augment.RECIPES, help="augmentation recipe of common/augment.py")
     add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="a word of the method's constructor; PART.NAME=VALUE with several parts")
     add("--init", metavar="FILE", help="start from an encoder.pt, a run's folder, or a torchvision or timm state dict")
     add("--out", metavar="DIR", help="default: runs/METHOD-DATA, numbered")
     add("--resume", action="store_true", help="go on with the run in --out")
-    add("--save-every", type=positive, default=500, help="steps between checkpoints")
-    add("--keep-every", type=positive, help="also keep encoder-STEP.pt every so many steps")
-    add("--log-every", type=positive, default=10)
+    add("--save-every", type=cli.positive, default=500, help="steps between checkpoints")
+    add("--keep-every", type=cli.positive, help="also keep encoder-STEP.pt every so many steps")
+    add("--log-every", type=cli.positive, default=10)
     add("--seed", type=int, default=0)
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     add("--amp", choices=("off", "bf16", "fp16"), default="off")
     add("--compile", action="store_true")
     add("--sync-bn", action="store_true")
-    add("--clip", type=positive_number, help="largest global gradient norm")
+    add("--clip", type=cli.positive_number, help="largest global gradient norm")
     add("--cache", metavar="DIR", help="where decoded images are kept")
     args = parser.parse_args(argv)
     if args.resume:
@@ -140,18 +141,6 @@ def parse(argv):
         if given or not args.out:
             parser.error("--resume needs --out and takes the rest from its config.json" + (f"; leave out --{given[0].replace('_', '-')}" if given else ""))
     return args
-
-
-def positive(text):
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
-def positive_number(text):
-    if not 0 < float(text) < math.inf:
-        raise ValueError
-    return float(text)
 
 
 def resumed(args):
@@ -319,8 +308,8 @@ class Monitor:
     def try_out(self, method):
         """Views and outputs of the method for the fixed images, always with the same randomness; nothing is learned from them."""
         torch.manual_seed(0)
-        rows = self.fixed[:64]
-        views = feed.make_views(method, feed.batch(self.dataset.images, rows, self.device), self.dataset, rows)
+        rows, nobody = self.fixed[:64], replace(self.dataset, groups=None)  # no patient numbers in pictures
+        views = feed.make_views(method, feed.batch(self.dataset.images, rows, self.device), nobody, rows)
         training = method.training
         method.eval()
         out = method(*views)

@@ -12,6 +12,7 @@ A method is a torch.nn.Module with four members; there is no base class. This is
     method.after_step(outs, progress) once after each optimiser step: moving averages, queues, counters. outs are the dicts of the step's
                                       micro-batches, detached; progress runs over (0, 1]. All state is a parameter or a persistent buffer
     method.exported                   optional: the encoder to save, where it is not method.encoder
+    method.when_together              optional: a sentence that train.py prints when the method is trained beside others
 
 Constructors are Method(encoder, augment, **options); a file's RECIPE holds its paper's training settings.
 """

@@ -3,6 +3,7 @@
 import argparse
 import ast
 import difflib
+import math
 import sys
 
 
@@ -11,6 +12,25 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
+
+
+def positive(text):
+    """For argparse: a whole number from 1 up."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def positive_number(text):
+    if not not_negative(text):
+        raise ValueError
+    return float(text)
+
+
+def not_negative(text):
+    if not 0 <= float(text) < math.inf:
+        raise ValueError
+    return float(text)
 
 
 def run(main):

@@ -39,7 +39,7 @@ def load_torch(path):
         raise ValueError(f"{path}: no such file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, zipfile.BadZipFile) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: refused, it is damaged or holds more than tensors and plain values ({type(error).__name__})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: not a state dict")
