@@ -77,7 +77,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("name,at", [("moco", 3), ("byol", 5), ("moco", -1)])
+@pytest.mark.parametrize("name,at", [("moco", 3), ("byol", -1)])
 def test_a_killed_run_is_resumed_exactly(name, at, tmp_path, one_thread):
     straight = make(name)
     run(straight, config(None, steps=6))

@@ -12,7 +12,7 @@ def run_processes(function, count, tmp_path, *values):
     """[function(*values) of rank 0, of rank 1, ...]. The function is found by its name in its module and returns what
     torch.save can write. The first call pays for one import of torch, later calls of the session fork from it."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed"])
+    context.set_forkserver_preload(["torch.distributed", "tests.test_loop", "tests.test_two_processes"])
     folder = tmp_path / f"{function.__name__}-{len(list(tmp_path.iterdir()))}"                 # a rendezvous serves one group
     folder.mkdir()
     children = [context.Process(target=child, args=(function, rank, count, folder, values)) for rank in range(count)]
