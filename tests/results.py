@@ -49,6 +49,12 @@ def study_phantoms(args):
     return runs, ["--task knn linear collapse", "--task finetune --labels 0.1 --steps 60 --batch 64 --loss balanced"]
 
 
+def study_two_minutes(args):
+    """SimCLR, MoCo v2 and Med-MoCo as long as two minutes on two cores, with the same views."""
+    runs = [train(f"{m}-{s}", m, "phantoms", s, args.steps or 800, views="contrastive") for s in range(args.seeds) for m in ("simclr", "moco", "medmoco")]
+    return runs, ["--task knn linear segment collapse --steps 100"]
+
+
 def study_rbc(args):
     """Red blood cells: kNN and linear probe after the same number of steps. Size is a class cue, so crops stay mild."""
     methods = [m for m in ALL if m in (*CONTRASTIVE, "spark", "rotation", "genesis")]
@@ -69,7 +75,7 @@ def study_collapse(args):
     return runs, [args.evaluate or "--task knn linear segment collapse --steps 100"]
 
 
-STUDIES = {"phantoms": study_phantoms, "rbc": study_rbc, "collapse": study_collapse}
+STUDIES = {"phantoms": study_phantoms, "two_minutes": study_two_minutes, "rbc": study_rbc, "collapse": study_collapse}
 
 
 def run(command, log):
