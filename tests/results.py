@@ -26,8 +26,8 @@ WORDS = {                          # what a method needs at this small size; eve
     "spark": "--stem nopool", "relative": "--views mild --set gap=0.2 jitter=0.1", "jigsaw": "--views mild --set gap=0.2 jitter=0.1",
     "rubik": "--views mild", "swav": "--set crops=4"}
 SMALL = "--encoder tiny --size {size} --batch 64 --optimizer adamw --lr 1e-3 --weight-decay 0.01 --steps {steps} --log-every 125 --device cpu"
-QUEUE = {"moco": " queue_size=1024 momentum=0.99", "medmoco": " queue_size=1024 momentum=0.99", "pcrl": " queue_size=1024 momentum=0.99", "spark": " width=64",
-         "swav": " prototypes=100 freeze=40", "byol": " momentum=0.99"}
+QUEUE = {"moco": " queue_size=512 momentum=0.9", "medmoco": " queue_size=512 momentum=0.9", "pcrl": " queue_size=512 momentum=0.9", "spark": " width=64",
+         "swav": " prototypes=100 freeze=40", "byol": " momentum=0.9"}
 
 
 def train(name, method, data, seed, steps, size=64, views=None, words=None):
@@ -50,8 +50,9 @@ def study_phantoms(args):
 
 
 def study_two_minutes(args):
-    """SimCLR, MoCo v2 and Med-MoCo as long as two minutes on two cores, with the same views."""
-    runs = [train(f"{m}-{s}", m, "phantoms", s, args.steps or 800, views="contrastive") for s in range(args.seeds) for m in ("simclr", "moco", "medmoco")]
+    """SimCLR, MoCo v2 and Med-MoCo as long as two minutes on two cores; MoCo's views are its RECIPE's."""
+    views = {"simclr": "contrastive", "moco": "slices", "medmoco": "slices"}
+    runs = [train(f"{m}-{s}", m, "phantoms", s, args.steps or 800, views=v) for s in range(args.seeds) for m, v in views.items()]
     return runs, ["--task knn linear segment collapse --steps 100"]
 
 
@@ -70,7 +71,7 @@ def study_collapse(args):
     for variant, words in variants.items():
         for seed in range(args.seeds):
             name, command = train(f"{variant}-{seed}", "medmoco", args.data or "phantoms", seed, args.steps or 400,
-                                  words=f"--set {words} queue_size=1024 momentum=0.99".replace("--set  ", "--set "))
+                                  words=f"--set {words} queue_size=512 momentum=0.9".replace("--set  ", "--set "))
             runs.append((name, [w for w in command]))
     return runs, [args.evaluate or "--task knn linear segment collapse --steps 100"]
 
