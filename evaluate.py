@@ -173,7 +173,7 @@ def describe(path, args):
         return Model(name, *guess(state, args, file), file)
     try:
         config = json.loads((folder / "config.json").read_text())
-        _ = [config["arguments"][key] for key in ("data", "label", "seed")] + [config["data"][key] for key in ("channels", "size")]
+        _ = [config["arguments"][key] for key in ("data", "label")] + [config["data"][key] for key in ("channels", "size")]
         return Model(name, config["encoder"]["name"], config["encoder"]["stem"], file, config, int(step[1]) if step else None)
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{folder / 'config.json'}: damaged; leave it away and the file is taken as bare weights") from None
@@ -213,13 +213,13 @@ def open_study(args, models, device):
     """The images, and all encoders on them. One set of images for all rows: at the size, the channels and the column of the first run unless
     flags say otherwise; an encoder made for other channels gets its first layer summed or spread."""
     run = next((model for model in models if model.config), None)
-    made = run.config["data"] | run.config["arguments"] if run else {"data": None, "label": "label", "seed": 0}
+    made = run.config["data"] | run.config["arguments"] if run else {"data": None, "label": "label"}
     path = args.data or made["data"]
     if path is None:
         raise ValueError("--data FOLDER: no run says which images to look at" if models else "name a run, a file of weights, or --data FOLDER")
     label = args.label or (made["label"] if made["data"] in (path, str(Path(path).resolve())) else "label")
     size, channels = args.size or (run and run.config["data"]["size"]), args.channels or (run and run.config["data"]["channels"])
-    dataset = data.load(path, size, channels, label, args.cache, made["seed"])
+    dataset = data.load(path, size, channels, label, args.cache)
     study = Study(args, dataset, device, line_up(models, args, dataset), np.arange(len(dataset)) if dataset.groups is None else dataset.groups)
     if dataset.splits is None:
         study.dataset = dataset = data.split(dataset)

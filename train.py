@@ -47,7 +47,7 @@ def main(argv=None):
     plan = settle(args, names[0])
     out = choose_folder(args, names, world)
 
-    dataset = data.load(args.data, size=plan["size"], channels=args.channels, label=args.label, cache=args.cache, seed=args.seed)
+    dataset = data.load(args.data, size=plan["size"], channels=args.channels, label=args.label, cache=args.cache)
     rows = dataset.rows("train", "unlabeled")
     config = configure(args, plan, len(rows), out, world)
     torch.manual_seed(args.seed)                                            # the same first weights in every process

@@ -1,13 +1,14 @@
 """The studies behind RESULTS.md: pretrains, evaluates, and prints tables with means and 95 % intervals over seeds.
 
-    python tests/results.py STUDY [STUDY ...] --out FOLDER [--jobs 2] [--steps N]
+    python tests/results.py STUDY --out FOLDER [--data FOLDER] [--jobs 2] [--steps N] [--seeds 3]
 
-A study is nothing but commands of train.py and evaluate.py, which are printed as they run, two at a time with one thread each. Runs that are
-there already are not trained again.
+A study is nothing but commands of train.py and evaluate.py, which are printed as they run, so many at a time, one thread each. What is there
+already does not run again. The folder of a real set is given with --data; without it a study uses the built-in phantoms.
 """
 
 import argparse
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -21,74 +22,161 @@ from medssl.common import metrics                                           # no
 
 CONTRASTIVE = ("simclr", "dcl", "simsiam", "byol", "vicreg", "swav", "moco", "medmoco")
 ALL = (*CONTRASTIVE, "spark", "rotation", "relative", "jigsaw", "autoencoder", "genesis", "rubik", "pcrl")
-WORDS = {                          # what a method needs at this small size; everything else is the preset or the same for all
-    "simclr": "--set temperature=0.2", "vicreg": "--set dim=512 hidden=512", "simsiam": "--set hidden=512 dim=256", "moco": "--set temperature=0.2",
-    "spark": "--stem nopool", "relative": "--views mild --set gap=0.2 jitter=0.1", "jigsaw": "--views mild --set gap=0.2 jitter=0.1",
-    "rubik": "--views mild", "swav": "--set crops=4"}
-SMALL = "--encoder tiny --size {size} --batch 64 --optimizer adamw --lr 1e-3 --weight-decay 0.01 --steps {steps} --log-every 125 --device cpu"
-QUEUE = {"moco": " queue_size=512 momentum=0.9", "medmoco": " queue_size=512 momentum=0.9", "pcrl": " queue_size=512 momentum=0.9", "spark": " width=64",
-         "swav": " prototypes=100 freeze=40", "byol": " momentum=0.9"}
+BASE = "--encoder tiny --size 64 --batch 64 --optimizer adamw --lr 1e-3 --weight-decay 0.01 --log-every 125 --device cpu"
+QUEUE = "--set queue_size=512 momentum=0.9"
+SMALL = {                          # what a method needs in a short run on small images; all else is the same for all
+    "simclr": "--set temperature=0.2", "vicreg": "--set dim=512 hidden=512", "simsiam": "--set hidden=512 dim=256", "byol": "--set momentum=0.9",
+    "moco": QUEUE + " temperature=0.2", "medmoco": QUEUE, "pcrl": QUEUE, "spark": "--stem nopool --set width=64",
+    "swav": "--set prototypes=100 freeze=40 crops=4", "relative": "--views mild --set gap=0.2 jitter=0.1", "jigsaw": "--views mild --set gap=0.2 jitter=0.1",
+    "rubik": "--views mild"}
 
 
-def train(name, method, data, seed, steps, size=64, views=None, words=None):
-    """One run's command; on other sets than phantoms the preset's settings are written out."""
-    extra = WORDS.get(method, "") if words is None else words
-    if views:
-        extra = f"--views {views} " + extra.replace("--views mild", "")
-    if data != "phantoms":
-        settings = QUEUE.get(method, "")
-        if settings:
-            extra += settings if "--set" in extra else f" --set{settings}"
-    return name, f"train.py --method {method} --data {data} --seed {seed} {SMALL.format(size=size, steps=steps)} {extra}".split()
+class Study:
+    """One study's folder, the runs in it, and the work that waits for a free core."""
+
+    def __init__(self, args):
+        self.args, self.out, self.waiting = args, Path(args.out), []
+        self.seeds = range(args.seeds)
+        self.data = args.data or "phantoms"
+        self.masks = self.data == "phantoms" or (Path(self.data) / "masks").is_dir()
+        self.labels = self.data == "phantoms" or not self.masks
+        self.views = f"--views {args.views}" if args.views else ""
+
+    def train(self, name, method, steps, seed=0, data=None, words=""):
+        """Adds a run: BASE, what the method needs, then this study's own words, the last of which win."""
+        command = f"train.py --method {method} --data {data or self.data} --seed {seed} --steps {steps} {BASE} {SMALL.get(method, '')} {words}"
+        if not (self.out / name / "encoder.pt").exists():
+            self.waiting.append((f"{command} --out {self.out / name}".split(), self.out / f"{name}.log"))
+        return name
+
+    def evaluate(self, name, runs, words):
+        """Adds an evaluation of some runs, whose results are in the folder NAME-results."""
+        folders = " ".join(str(self.out / run) for run in runs)
+        if not (self.out / f"{name}-results/results.csv").exists():
+            self.waiting.append((f"evaluate.py {folders} {words} --device cpu --out {self.out}/{name}-results".split(), self.out / f"{name}-results.log"))
+
+    def each(self, runs, words):
+        """An evaluation for the seeds of every method, so that all cores have work."""
+        for stem in dict.fromkeys(map(base, runs)):
+            self.evaluate(f"{stem}-{len(words)}", [run for run in runs if base(run) == stem], words)
+
+    def work(self):
+        """Does all that waits, --jobs at a time."""
+        with ThreadPoolExecutor(self.args.jobs) as pool:
+            list(pool.map(lambda job: run(*job), self.waiting))
+        self.waiting = []
 
 
-def study_phantoms(args):
+def phantoms(study):
     """Every method, the same number of steps: kNN, linear probe, collapse, and fine-tuning with a tenth of the labels."""
-    runs = [train(f"{m}-{s}", m, "phantoms", s, args.steps or 300) for m in ALL for s in range(args.seeds)]
-    runs += [train(f"simsiam-without-{s}", "simsiam", "phantoms", s, args.steps or 300, words="--set predictor=False hidden=512 dim=256") for s in range(args.seeds)]
-    return runs, ["--task knn linear collapse", "--task finetune --labels 0.1 --steps 60 --batch 64 --loss balanced"]
+    steps = study.args.steps or 300
+    runs = [study.train(f"{m}-{s}", m, steps, s) for m in ALL for s in study.seeds]
+    runs += [study.train(f"simsiam_without-{s}", "simsiam", steps, s, words="--set predictor=False") for s in study.seeds]
+    study.work()
+    study.each(runs, "--task knn linear collapse --seeds 1")
+    study.each(runs, "--task finetune --labels 0.1 --steps 60 --loss balanced --seeds 1")
 
 
-def study_two_minutes(args):
-    """SimCLR, MoCo v2 and Med-MoCo as long as two minutes on two cores; MoCo's views are its RECIPE's."""
-    views = {"simclr": "contrastive", "moco": "slices", "medmoco": "slices"}
-    runs = [train(f"{m}-{s}", m, "phantoms", s, args.steps or 800, views=v) for s in range(args.seeds) for m, v in views.items()]
-    return runs, ["--task knn linear segment collapse --steps 100"]
+def two_minutes(study):
+    """SimCLR, MoCo v2 and Med-MoCo as long as two minutes on two cores; the views are those of their RECIPEs."""
+    steps = study.args.steps or 800
+    runs = [study.train(f"{m}-{s}", m, steps, s) for s in study.seeds for m in ("simclr", "moco", "medmoco")]
+    study.work()
+    study.each(runs, "--task knn linear segment collapse --steps 100 --seeds 1")
 
 
-def study_rbc(args):
-    """Red blood cells: kNN and linear probe after the same number of steps. Size is a class cue, so crops stay mild."""
-    methods = [m for m in ALL if m in (*CONTRASTIVE, "spark", "rotation", "genesis")]
-    runs = [train(f"{m}-{s}", m, args.data or "../shared/data/rbc_chula", s, args.steps or 400, 64,
-                  "histology" if m in CONTRASTIVE and m != "swav" else None) for m in methods for s in range(args.seeds)]
-    return runs, ["--task knn linear"]
-
-
-def study_collapse(args):
-    """MoCo v2 against its remedies: neither, local, decorrelation, both."""
-    variants = {"neither": "regions=0 decorrelation=None", "local": "decorrelation=None", "decorrelation": "regions=0", "both": ""}
+def equal_time(study):
+    """The same training time for every method, a minute of one core: the pace is measured first."""
+    words = {m: study.views for m in CONTRASTIVE if m != "swav"}
+    for m in ALL:
+        study.train(f"pace-{m}", m, 30, words=words.get(m, "") + " --log-every 10")
+    study.work()
     runs = []
-    for variant, words in variants.items():
-        for seed in range(args.seeds):
-            name, command = train(f"{variant}-{seed}", "medmoco", args.data or "phantoms", seed, args.steps or 400,
-                                  words=f"--set {words} queue_size=512 momentum=0.9".replace("--set  ", "--set "))
-            runs.append((name, [w for w in command]))
-    return runs, [args.evaluate or "--task knn linear segment collapse --steps 100"]
+    for m in ALL:
+        pace = json.loads((study.out / f"pace-{m}/log.jsonl").read_text().splitlines()[-1])["images_per_s"] / 64
+        runs += [study.train(f"{m}-{s}", m, max(50, round(pace * 60)), s, words=words.get(m, "")) for s in study.seeds]
+    study.work()
+    study.each(runs, "--task knn linear --seeds 1")
 
 
-STUDIES = {"phantoms": study_phantoms, "two_minutes": study_two_minutes, "rbc": study_rbc, "collapse": study_collapse}
+def collapse(study):
+    """MoCo v2 against its remedies: neither, local, decorrelation, both."""
+    variants = {"neither": "regions=0 decorrelation=None", "local": "decorrelation=None", "decorrelation": "regions=0", "both": "regions=20"}
+    runs = [study.train(f"{v}-{s}", "medmoco", study.args.steps or 400, s, words=f"--set {words}") for v, words in variants.items() for s in study.seeds]
+    study.work()
+    study.each(runs, "--task " + "knn " * study.labels + "segment " * study.masks + "collapse --steps 100 --seeds 1")
+    study.evaluate("spectrum", [f"{v}-0" for v in variants], "--task collapse --seeds 1")
+
+
+def labels(study):
+    """How many labels pretraining saves: fine-tuning with all of them, a quarter, a twentieth, and with a few images."""
+    steps = study.args.steps or 500
+    runs = [study.train(f"{m}-0", m, steps, words=study.views if m in CONTRASTIVE else "") for m in ("simclr", "medmoco", "spark")]
+    study.work()
+    task, few = ("unet", "7n") if study.masks else ("finetune --loss balanced", "77n")
+    study.evaluate("labels", runs, f"--task {task} --labels 1.0 0.25 0.05 {few} --steps 100 --batch 32 --seeds {study.args.seeds}")
+
+
+def imbalance(study):
+    """The rare class thinned further and further, with and without resampling, and under stronger augmentation."""
+    runs = [study.train(f"{m}-0", m, study.args.steps or 400) for m in ("simclr", "rotation")]
+    study.work()
+    study.evaluate("thinned", runs, f"--task finetune --imbalance 1 10 100 --steps 80 --batch 32 --seeds {study.args.seeds}")
+    study.evaluate("resampled", runs, f"--task finetune --imbalance 10 --resample --steps 80 --batch 32 --seeds {study.args.seeds}")
+    study.evaluate("augmented", runs, f"--task finetune --labels 0.1 --augment S0 S3 S6 --steps 80 --batch 32 --seeds {study.args.seeds}")
+
+
+def chain(study):
+    """BYOL on phantoms, on the set's own images, and on the one after the other; then a U-Net with a twentieth of the masks and with all."""
+    steps = study.args.steps or 400
+    study.train("generic-0", "byol", steps, data="phantoms")
+    study.train("own-0", "byol", steps)
+    study.work()
+    study.train("both-0", "byol", steps, words=f"--init {study.out}/generic-0")
+    study.work()
+    study.evaluate("chain", ["generic-0", "own-0", "both-0"], f"--task unet --labels 0.05 1.0 --steps 160 --batch 32 --seeds {study.args.seeds}")
+
+
+def masked(study):
+    """SparK against random weights: fine-tuning and U-Net with a twentieth of the labels."""
+    runs = [study.train(f"spark-{s}", "spark", study.args.steps or 300, s) for s in range(3)]
+    study.work()
+    study.evaluate("spark-finetune", runs, "--task finetune --labels 0.05 --steps 100 --batch 32 --loss balanced --seeds 5")
+    study.evaluate("spark-unet", runs, "--task unet --labels 0.05 --steps 100 --batch 32 --seeds 5")
+
+
+def architecture(study):
+    """BYOL's two encoders; restoring with and without skip connections, and whether the decoder is worth keeping."""
+    steps, runs = study.args.steps or 300, []
+    for s in study.seeds:
+        runs += [study.train(f"byol_{which}-{s}", "byol", steps, s, words=f"--set export={which}") for which in ("online", "target")]
+        runs += [study.train(f"{m}_{'skips' if skips else 'plain'}-{s}", m, steps, s, words=f"--set decoder.skips={skips}")
+                 for m in ("genesis", "autoencoder") for skips in (True, False)]
+    study.work()
+    study.each(runs, "--task knn finetune unet --labels 0.1 --steps 60 --batch 32 --seeds 1")
+    study.each([r for r in runs if "skips" in r], "--task unet --transfer encoder+decoder --labels 0.1 --steps 60 --batch 32 --seeds 1")
+
+
+def small_batches(study):
+    """SimCLR against the decoupled loss with 16 and with 128 images a step, as many images in all."""
+    images = 64 * (study.args.steps or 400)
+    runs = [study.train(f"{m}_{b}-{s}", m, images // b, s, words=f"--batch {b} --set temperature=0.1")
+            for m in ("simclr", "dcl") for b in (16, 128) for s in study.seeds]
+    study.work()
+    study.each(runs, "--task knn linear --seeds 1")
+
+
+STUDIES = {f.__name__: f for f in (phantoms, two_minutes, equal_time, collapse, labels, imbalance, chain, masked, architecture, small_batches)}
 
 
 def run(command, log):
-    """Seconds that it took; the output goes into a log beside the run."""
+    """The output goes into a log beside the run."""
     print("+ python " + " ".join(command), flush=True)
     start = time.perf_counter()
     with open(log, "w") as file:
         status = subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], stdout=file, stderr=subprocess.STDOUT,
                                 env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
-    if status:
-        print(f"FAILED with status {status}: see {log}", flush=True)
-    return time.perf_counter() - start
+    print(f"{log.stem}: " + (f"FAILED with status {status}: see {log}" if status else f"{time.perf_counter() - start:.0f} s"), flush=True)
 
 
 def base(name):
@@ -96,18 +184,22 @@ def base(name):
     return stem if number.isdigit() else name
 
 
-def table(paths, by=("task", "labels", "imbalance", "metric")):
-    """Mean and 95 % interval over pretraining seeds (the fits of one run averaged first), as markdown."""
+def table(paths, by=("task", "labels", "imbalance", "augment", "metric")):
+    """Mean and 95 % interval, as markdown: over pretraining seeds (the fits of one run averaged first) where there are several, else over fits."""
     values = {}
     for path in paths:
+        print(f"\n{path.parent.name}")
         for line in csv.DictReader(open(path)):
             if line["value"] and "recall" not in line["metric"]:
-                key = (tuple(line[k] for k in by), base(line["model"]))
-                values.setdefault(key, {}).setdefault((line["model"], line["seed"] if line["model"] == "random" else ""), []).append(float(line["value"]))
-    for column in dict.fromkeys(key[0] for key in values):
-        print("\n" + " ".join(word for word in column if word))
-        rows = {name: [sum(v) / len(v) for v in each.values()] for (c, name), each in values.items() if c == column}
-        for name, numbers in sorted(rows.items(), key=lambda item: -sum(item[1]) / len(item[1])):
+                column = " ".join(line[k] for k in by if line[k])
+                values.setdefault((path.parent.name, column), {}).setdefault(base(line["model"]), []).append((line["model"], float(line["value"])))
+    for (folder, column), rows in values.items():
+        print(f"\n{folder}: {column}")
+        for name, scores in rows.items():
+            runs = {}
+            for model, score in scores:
+                runs.setdefault(model, []).append(score)
+            numbers = [sum(v) / len(v) for v in runs.values()] if len(runs) > 1 else next(iter(runs.values()))
             mean, half = metrics.mean_interval(numbers)
             print(f"| {name} | {mean:.3f} ± {half:.3f} | {len(numbers)} |")
 
@@ -116,28 +208,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--out", required=True)
+    parser.add_argument("--data", help="folder of a real set (default: phantoms)")
+    parser.add_argument("--views", help="of the contrastive methods on that set (default: their RECIPEs')")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--steps", type=int)
+    parser.add_argument("--steps", type=int, help="of pretraining (default: the study's)")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--data", help="another data set than the study's own")
-    parser.add_argument("--evaluate", help="other words for evaluate.py")
     args = parser.parse_args()
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    runs, evaluations = STUDIES[args.study](args)
-    with ThreadPoolExecutor(args.jobs) as pool:
-        todo = [(name, command) for name, command in runs if not (out / name / "encoder.pt").exists()]
-        seconds = dict(zip([name for name, _ in todo], pool.map(lambda r: run([*r[1], "--out", str(out / r[0])], out / f"{r[0]}.log"), todo)))
-        for name in dict.fromkeys(map(base, seconds)):
-            own = [s for n, s in seconds.items() if base(n) == name]
-            print(f"{name}: {sum(own) / len(own):.0f} s a run", flush=True)
-        groups = {}
-        for name, _ in runs:                                                # the seeds of a few methods at a time, so that both cores have work
-            groups.setdefault(base(name), []).append(str(out / name))
-        jobs = [(["evaluate.py", *folders, *words.split(), "--seeds", "1", "--device", "cpu", "--out", str(out / f"{name}-{i}-results")], out / f"{name}-{i}-results.log")
-                for i, words in enumerate(evaluations) for name, folders in groups.items() if not (out / f"{name}-{i}-results/results.csv").exists()]
-        list(pool.map(lambda job: run(*job), jobs))
-    table(sorted(out.glob("*-results/results.csv")))
+    study = Study(args)
+    study.out.mkdir(parents=True, exist_ok=True)
+    STUDIES[args.study](study)
+    study.work()
+    table(sorted(study.out.glob("*-results/results.csv")))
 
 
 if __name__ == "__main__":

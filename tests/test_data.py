@@ -121,11 +121,11 @@ def test_phantoms(monkeypatch):
     phantoms = pytest.importorskip("medssl.common.phantoms")
     made = []
 
-    def make(size, seed):
-        made.append((size, seed))
+    def make(size):
+        made.append(size)
         return data.Dataset("phantoms", np.zeros((2, 1, size, size), np.uint8))
     monkeypatch.setattr(phantoms, "make", make)
-    assert data.load("phantoms", size=48, channels=3, seed=5).images.shape == (2, 3, 48, 48) and made == [(48, 5)]
+    assert data.load("phantoms", size=48, channels=3).images.shape == (2, 3, 48, 48) and made == [48]
 
 
 # ---- becoming square

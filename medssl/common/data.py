@@ -59,14 +59,14 @@ class Dataset:
         return np.arange(len(self)) if self.splits is None else np.flatnonzero(np.isin(self.splits, names))
 
 
-def load(path, size=None, channels=None, label="label", cache=None, seed=0, fit="pad", group_by=None):
-    """The data set at `path`, or the built-in "phantoms" drawn from `seed`. `label` names the column of split.csv;
-    `group_by` is a regular expression whose first bracket (or whole match) in the relative path is the patient, or
-    "parent" for the folder that a file lies in."""
+def load(path, size=None, channels=None, label="label", cache=None, fit="pad", group_by=None):
+    """The data set at `path`, or the built-in "phantoms", always the same patients. `label` names the column of
+    split.csv; `group_by` is a regular expression whose first bracket (or whole match) in the relative path is the
+    patient, or "parent" for the folder that a file lies in."""
     if str(path) != "phantoms":
         return load_rows(find(path, label, group_by), size, channels, cache, fit)[0]
     from medssl.common import phantoms                                      # it imports Dataset from this file
-    dataset = phantoms.make(size=size or 96, seed=seed)
+    dataset = phantoms.make(size=size or 96)
     if channels == 3:
         images = dataset.images.repeat(3, axis=1)                           # (N, 3, H, W)
         return replace(dataset, images=images, mean=dataset.mean * 3, std=dataset.std * 3)
