@@ -6,7 +6,7 @@
     torchrun --nproc_per_node 8 train.py --method moco --data FOLDER    several GPUs
     python train.py --resume --out runs/NAME                            go on where a run was stopped
 
-Leaves in the run's folder: config.json, log.jsonl, checkpoint.pt, encoder.pt and pictures. `--set` changes any word of the method's constructor.
+Leaves in the run's folder: config.json, log.jsonl, checkpoint.pt, encoder.pt and pictures. `--set` changes any argument of the method's constructor.
 """
 
 import copy
@@ -28,9 +28,9 @@ from medssl import METHODS
 from medssl.common import augment, cli, data, encoders, feed, files, loop, metrics, optim, plots, readouts, unet
 
 # On the built-in set these stand in for a method's RECIPE: small, and about two minutes on two CPU cores.
-PHANTOM_PRESET = {"encoder": "tiny", "size": 64, "batch": 64, "steps": 800, "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.01, "warmup": 40,
+PHANTOM_PRESET = {"encoder": "tiny", "size": 64, "batch": 64, "steps": 800, "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.01, "warmup": 2,
                   "settings": {"queue_size": 512, "momentum": 0.9, "width": 64, "prototypes": 100, "freeze": 40}}
-FILLED = ("encoder", "augment", "decoder", "small", "channels", "size", "parts", "weights")     # words that are not set with --set
+FILLED = ("encoder", "augment", "decoder", "small", "channels", "size", "parts", "weights")     # arguments that are filled in here, not with --set
 
 
 def main(argv=None):
@@ -55,18 +55,21 @@ def main(argv=None):
     plan["stem"] = plan["stem"] or ("small" if size < 40 else "default")
     encoder = encoders.build(plan["encoder"], channels, plan["stem"], dataset.mean, dataset.std)
     method = build(names, encoder, size, channels, plan, args)
-    for name, part in getattr(method, "parts", {}).items():
-        if hasattr(part, "when_together"):
+    for name, part in getattr(method, "parts", {names[0]: method}).items():
+        if hasattr(part, "when_together") and len(names) > 1:
             say(f"note on {name} beside others: {part.when_together}")
-    first = copy.deepcopy(encoder).to(device)                               # what the trained encoder has to beat
+        if getattr(part, "queue", None) is not None and len(part.queue) > len(rows):
+            say(f"note on {name}: its queue holds {len(part.queue)} embeddings, more than there are images ({len(rows)}): images will meet old "
+                f"embeddings of their own as negatives; --set queue_size={max(1, len(rows) // 2)} would avoid it")
     if args.init:
         matched, total = encoders.load(args.init, encoder)
         say(f"starting from {args.init}: {matched} of {total} tensors matched")
         sync_copies(method, encoder)
+    first = copy.deepcopy(encoder).to(device)                               # what the trained encoder has to beat
     say(f"{args.method} on {dataset.name}: {len(rows)} images {channels}x{size}x{size}, {plan['encoder']} "
         f"({sum(p.numel() for p in encoder.parameters()) / 1e6:.1f} M weights), {config.steps} steps of {config.batch} on {device}; "
         f"settings: {plan['source']}")
-    if rank == 0 and not args.resume:                                       # nothing was written before all words were found right
+    if rank == 0 and not args.resume:                                       # nothing was written before all flags were found right
         out.mkdir(parents=True, exist_ok=True)
         write_config(out, args, plan, config, dataset)
 
@@ -87,8 +90,9 @@ def main(argv=None):
                     bar.write(f"about {minutes:.1f} minutes to go; {memory(device):.1f} GiB of memory in use")
     finally:
         bar.close()
+    seen = monitor.try_out(method)                                          # by every process: some losses gather all embeddings
     if rank == 0 and history:
-        report(method, monitor, history, out, dataset, config, time.perf_counter() - started, say)
+        report(method, monitor, seen, history, out, dataset, config, time.perf_counter() - started, say)
 
 
 def memory(device):
@@ -103,36 +107,37 @@ def memory(device):
 
 
 def parse(argv):
-    parser = cli.Parser(prog="train.py", description=__doc__.split("\n")[0], epilog=f"methods: {', '.join(METHODS)}; a+b trains several together")
+    parser = cli.Parser(prog="train.py", description=__doc__.split("\n")[0], epilog=f"methods: {', '.join(n for n in METHODS if n != 'together')}; a+b trains several "
+                        "together, with optimiser, batch and size of the first")
     add = parser.add_argument
     add("--method", default="medmoco", help="which one, or several joined by + (default medmoco)")
     add("--data", default="phantoms", help="folder or file of images; 'phantoms' is built in (default)")
     add("--label", default="label", help="column of split.csv that holds the label")
     add("--encoder", choices=encoders.ENCODERS, help="default: tiny on phantoms, else resnet18")
-    add("--stem", choices=encoders.STEMS, help="default: small below 40 pixels")
+    add("--stem", choices=encoders.STEMS, help="first layers: default (total stride 32), nopool (16), small (8); default: small below 40 pixels")
     add("--size", type=cli.positive, help="side of the images in pixels (default: the recipe's)")
-    add("--channels", type=cli.positive, help="1 or 3 (default: as the images are)")
+    add("--channels", type=int, choices=(1, 3), help="default: as the images are")
     add("--batch", type=cli.positive, help="images per step, over all processes and micro-batches")
     add("--accum", type=cli.positive, default=1, help="micro-batches per step")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=cli.positive)
-    length.add_argument("--epochs", type=cli.positive_number)
-    add("--optimizer", choices=optim.OPTIMIZERS)
+    length.add_argument("--steps", type=cli.positive, help="optimiser steps")
+    length.add_argument("--epochs", type=cli.positive_number, help="passes over the images (default: the RECIPE's)")
+    add("--optimizer", choices=optim.OPTIMIZERS, help="default: the RECIPE's, as for all that is not given")
     add("--lr", type=cli.positive_number, help="per 256 images with sgd, lars and lamb; as it stands with adam and adamw")
-    add("--weight-decay", type=float)
-    add("--views", choices=augment.RECIPES, help="augmentation recipe of common/augment.py")
-    add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="a word of the method's constructor; PART.NAME=VALUE with several parts")
+    add("--weight-decay", type=float, help="of weights; biases and norms never decay")
+    add("--views", choices=augment.RECIPES, help="augmentation recipe of common/augment.py (default: the method's RECIPE's)")
+    add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="an argument of the method's constructor, see medssl/METHOD.py; PART.NAME=VALUE with several parts")
     add("--init", metavar="FILE", help="start from an encoder.pt, a run's folder, or a torchvision or timm state dict")
     add("--out", metavar="DIR", help="default: runs/METHOD-DATA, numbered")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--save-every", type=cli.positive, default=500, help="steps between checkpoints")
     add("--keep-every", type=cli.positive, help="also keep encoder-STEP.pt every so many steps")
-    add("--log-every", type=cli.positive, default=10)
-    add("--seed", type=int, default=0)
+    add("--log-every", type=cli.positive, default=10, help="steps between lines of log.jsonl")
+    add("--seed", type=int, default=0, help="of weights, order and views")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
-    add("--amp", choices=("off", "bf16", "fp16"), default="off")
-    add("--compile", action="store_true")
-    add("--sync-bn", action="store_true")
+    add("--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision")
+    add("--compile", action="store_true", help="torch.compile; needs a C++ compiler on CPUs")
+    add("--sync-bn", action="store_true", help="one BatchNorm over all processes")
     add("--clip", type=cli.positive_number, help="largest global gradient norm")
     add("--cache", metavar="DIR", help="where decoded images are kept")
     args = parser.parse_args(argv)
@@ -179,17 +184,17 @@ def settle(args, name):
 
 
 def configure(args, plan, count, out, world=1):
-    """Epochs become steps, the rate per 256 images becomes the rate that is applied."""
+    """Epochs (also those of the warm-up) become steps, the rate per 256 images becomes the rate that is applied."""
     if plan["batch"] % (args.accum * world):
         raise ValueError(f"--batch {plan['batch']} must divide by --accum {args.accum} x {world} processes")
     per_epoch = max(1, count // plan["batch"])
     steps = plan["steps"] or max(1, round(plan["epochs"] * per_epoch))
-    warmup = plan["warmup"] if "steps" in PHANTOM_PRESET and args.data == "phantoms" else round(plan["warmup"] * per_epoch)
+    warmup = min(round(plan["warmup"] * per_epoch), steps // 10)            # a short run keeps the recipe's share of a long one
     scale = plan["batch"] / 256 if plan["optimizer"] in optim.SCALED else 1.0
     return loop.Config(
         steps=steps, batch=plan["batch"], lr=plan["lr"] * scale, optimizer=plan["optimizer"], options=plan.get("options", {}),
         weight_decay=plan["weight_decay"], weight_decay_end=plan.get("weight_decay_end") if args.weight_decay is None else None,
-        warmup=min(warmup, steps // 10), accum=args.accum, clip=plan["clip"], amp=args.amp, compile=args.compile, sync_bn=args.sync_bn,
+        warmup=warmup, accum=args.accum, clip=plan["clip"], amp=args.amp, compile=args.compile, sync_bn=args.sync_bn,
         seed=args.seed, device=args.device, out=str(out), resume=args.resume, save_every=args.save_every, keep_every=args.keep_every,
         log_every=args.log_every)
 
@@ -212,7 +217,7 @@ def choose_folder(args, names, world):
 
 
 def build(names, encoder, size, channels, plan, args):
-    """The method, or several joined by Together; every part gets its own views and the words that its signature asks for."""
+    """The method, or several joined by Together; every part gets its own views and the arguments that its signature asks for."""
     settings = cli.read_settings(args.set)
     parts, weights = {}, {}
     for name in names:
@@ -324,10 +329,10 @@ class Monitor:
         return shown | {name: f"{self.latest[key]:.2f}" for key, name in (("rank_me", "RankMe"), ("knn", "kNN")) if key in self.latest}
 
 
-def report(method, monitor, history, out, dataset, config, seconds, say):
+def report(method, monitor, seen, history, out, dataset, config, seconds, say):
     """The pictures, and in words what came out."""
     images = feed.batch(dataset.images, monitor.fixed[:8], "cpu")
-    views, outs = monitor.try_out(method)
+    views, outs = seen
     flat = tuple(tensor for view in views for tensor in (view if isinstance(view, tuple) else (view,)))
     plots.views_sheet(tuple(tensor.cpu() for tensor in flat), out / "views.png")
     if "restored" in outs:

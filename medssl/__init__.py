@@ -14,7 +14,15 @@ A method is a torch.nn.Module with four members; there is no base class. This is
     method.exported                   optional: the encoder to save, where it is not method.encoder
     method.when_together              optional: a sentence that train.py prints when the method is trained beside others
 
-Constructors are Method(encoder, augment, **options); a file's RECIPE holds its paper's training settings.
+Constructors are Method(encoder, augment, **options). augment(images) -> views, random for each image; augment(images, geometry=True)
+-> views and theta (B, 2, 3), the map from view to image in coordinates from -1 to 1. Arguments named channels, size, decoder and small
+(an augmentation for small crops) are filled in by train.py, the others have defaults and are changed with --set.
+
+A file's RECIPE holds its paper's training settings: optimizer, lr (per 256 images for sgd, lars and lamb, as it stands for adam and
+adamw), weight_decay, batch, epochs, warmup (epochs), views (a name from common/augment.py), size; and where the paper has them options
+(of the optimiser), clip, weight_decay_end, views_small.
+
+Small functions such as mlp stand in every method file that uses them, so that one file can be copied; a test holds the copies equal.
 """
 
 from .autoencoder import Autoencoder

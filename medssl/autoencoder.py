@@ -19,8 +19,8 @@ cut to its size.
 
 Differences. Encoder and decoder are handed in; the study's are a plain U-Net with max pooling, with or without skip
 connections. Each of the two flips has probability 0.5, while the study draws up to three axes, each with 0.4. Its rate
-is halved every 40 epochs (or when the loss stands still), ours follows a cosine. Accumulation of gradients equals a
-larger batch but for BatchNorm's statistics.
+is halved every 40 epochs (or when the loss stands still), ours follows a cosine. Accumulation of gradients (one
+optimiser step from several micro-batches) equals a larger batch but for BatchNorm's statistics.
 """
 
 import torch

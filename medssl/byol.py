@@ -13,7 +13,7 @@ The algorithm.
   m = 1 - (1 - m_0) (1 + cos(pi t)) / 2                    t: share of the run that is done; m goes from m_0 to 1  (4)
 There is no chance level: the loss runs from 8 to 0, and 0 is reached by the best network and by the useless one. What
 collapse looks like: the loss is soon near 0, and the spread of the normalised embedding (standard deviation over
-images, mean over dimensions) falls from about 1 / sqrt(D), its healthy value, towards 0.
+images, mean over dimensions, times sqrt(D), so that about 1 is healthy) falls towards 0.
 
 Shapes. images (B, C, H, W) -> two views (B, C, h, w) -> predictions and targets (B, D) -> one number.
 
@@ -28,8 +28,9 @@ Settings of the works that use it:
   Zhang et al. 2023, ten pretext tasks (RECIPE)        m 0.996 constant; hidden 512 and 512 (projector, predictor), SGD
                                                        1e-3 (code: 1e-4), batch 128 (2D), 600 epochs
   Kalapos and Gyires-Toth 2022, 2D segmentation        m 0.99 to 1; hidden 4096 and 8192, LARS 1.0 per 256 images (trust
-                                                       0.02, ratio at most 1), decay 1e-5, batch 128, 400 epochs, 10 of
-                                                       them warm-up; the target is what they fine-tune
+                                                       0.02, ratio at most 1), decay 1e-5, batch 128, 10 epochs of
+                                                       warm-up; 400 epochs from random weights, 25 from ImageNet's, of
+                                                       which the target is kept
   Wolf et al. 2023, small CT sets                      m 0.996 to 1; hidden 4096 and 4096, Adam 1e-3, decay 1.5e-6,
                                                        batch 64, about 78 epochs, 10 of them warm-up
 """

@@ -23,7 +23,7 @@ and always DCLW with sigma 0.5. The weight of Eq. 4 is held constant in the grad
 gradient pass through it, as does the study's, which changes the gradient by a tenth and more. Each view passes the
 encoder on its own, so BatchNorm statistics are those of one view in one process. Across processes all embeddings are
 gathered with gradient, so more processes mean more negatives. Gradient accumulation (one optimiser step from several
-micro-batches) does not: the loss sees only its own micro-batch.
+micro-batches) does not add negatives: the loss sees only its own micro-batch.
 """
 
 import math
@@ -36,7 +36,7 @@ from torch import nn
 RECIPE = {                       # Chattopadhyay et al. 2023, the released settings
     "optimizer": "sgd",
     "options": {"momentum": 0.0},
-    "lr": 0.04,                  # per 256: 0.01 at batch 64, held constant where we use a cosine
+    "lr": 0.04,                  # per 256: 0.01 at batch 64; there it stays constant, here a cosine
     "weight_decay": 0.0,
     "batch": 64,
     "epochs": 250,               # the default; the study's example has 200
@@ -97,8 +97,8 @@ def at_least_float32(*tensors):
 
 
 def all_ranks(x):
-    """Rows of every process in rank order. The gradient of the own rows is multiplied by the number of processes,
-    because the loop averages it."""
+    """Rows of every process in rank order. Gathered rows carry no gradient but one's own, and that one is multiplied by
+    the number of processes (x - x.detach() is 0, its gradient is not), because DistributedDataParallel averages it."""
     if not (dist.is_available() and dist.is_initialized()):
         return x
     rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]

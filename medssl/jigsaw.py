@@ -27,8 +27,9 @@ larger batch but for BatchNorm's statistics.
 
 Settings of the work that uses it, Zhang et al. 2023:
   3D, 2x2x2 cubes                                     branch 64, head 1024-1024-100, jitter 10 of 138 voxels, batch 8
-  2D, 3x3 tiles (RECIPE, with the 3D heads)           branch 512, head 4096, jitter 6 of 120 pixels, batch 48; these
-                                                      heads: `width=512, hidden=4096`
+  2D, 3x3 tiles (RECIPE, with the 3D heads)           branch 512, head 4096, jitter 6 of 120 pixels, batch 48; close
+                                                      to these: `width=512, hidden=4096` (with two hidden layers, we
+                                                      do not know how many theirs has)
 """
 
 import math
@@ -42,7 +43,7 @@ RECIPE = {                       # Zhang et al. 2023, the released settings for 
     "lr": 1e-3,
     "weight_decay": 1e-6,        # rotation's, none is given
     "batch": 48,                 # 2D; 8 in 3D
-    "epochs": 1000,              # likewise; there the rate drops tenfold at epoch 200, here a cosine
+    "epochs": 1000,              # also rotation's; there the rate drops tenfold at epoch 200, here a cosine
     "warmup": 0,
     "views": "plain",
     "size": 360,                 # three cells of 120, tiles of 114

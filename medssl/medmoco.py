@@ -19,11 +19,11 @@ The algorithm. f encoder, g and h projectors; f', g', h' their slow copies, whic
   f' <- m f' + (1 - m) f, likewise g', h';   keys enter the queue       after the optimiser's step                   (7)
 Whitening needs more images than features, so it runs in groups of consecutive channels, no wider than half a key chunk:
 keys are whitened in the chunks in which BatchNorm sees them, since whitening leaks like BatchNorm; queries over their
-whole batch, in the same groups. More chunks leak less, but whiten narrower groups. Regions are cells of a grid over
-view 1, chosen at random among those that view 2 shows too; crop, flip and rotation are one affine map, by which a
-region's sample points are carried into view 2. A network that knows nothing scores ln(K + 1) + local_weight *
-ln(regions), a little less where some regions find no partner; K: length of the queue. As in MoCo the loss rises while
-the queue fills.
+whole batch, in the same groups. More chunks leak less, but whiten narrower groups (4 chunks of 16 images: groups of 8
+channels; what is correlated between groups stays so). Regions are cells of a grid over view 1, chosen at random among
+those that view 2 shows too; crop, flip and rotation are one affine map, by which a region's sample points are carried
+into view 2. A network that knows nothing scores ln(K + 1) + local_weight * ln(regions), a little less where some
+regions find no partner; K: length of the queue. As in MoCo the loss rises while the queue fills.
 
 Shapes. images (B, C, H, W) -> two views (B, C, h, w), key order and patients (B,), 9 sample points of each region in
 both views (B, R * 9, 2), which regions are valid (B, R) -> unit q, k (B, D) and u, v (B, R, D) -> one number.
@@ -36,11 +36,12 @@ feature itself is whitened, exactly (`decorrelation="zca"`) or by IterNorm in gr
 batch alone; nothing of it stays in the encoder. The code's local term has no gradient: it cuts squares out of the input
 images, down the left edge of crops that do not match, and puts all of them into one softmax with one target; it stays
 at ln 400. Here it is (5), on matched regions of a feature map. Their number, T and local_weight are the code's. Its
-runs start from ImageNet weights, ours from random ones unless `--init` brings others. Key chunks, queue and
-`same_patient_negatives` are those of moco.py. Across processes keys enter everyone's queue; BatchNorm, whitening and
-regions stay each process's own. Gradient accumulation (one optimiser step from several micro-batches) leaves the number
-of negatives as it is, but whitens each micro-batch by itself. Each part can be switched off: `decorrelation=None`,
-`regions=0`; without both this is MoCo.
+main runs start from ImageNet weights, ours from random ones unless `--init` brings others. Key chunks (by default 4,
+there 8, so that whitening groups can be wider), queue and `same_patient_negatives` work as in moco.py. Across processes
+keys enter everyone's queue; BatchNorm, whitening and regions stay each process's own. Gradient accumulation (one
+optimiser step from several micro-batches) leaves the number of negatives as it is, but whitens each micro-batch by
+itself. Each part can be switched off: `decorrelation=None`, `regions=0`; without both this is MoCo, at the temperature
+and chunks given here.
 """
 
 import copy
@@ -53,12 +54,12 @@ from torch import nn
 
 RECIPE = {                       # the released configuration
     "optimizer": "sgd",          # momentum 0.9
-    "lr": 0.12,                  # per 256: 0.03 at batch 64
+    "lr": 0.12,                  # per 256: 0.03 at batch 64, on one GPU (the configurations are for one or two)
     "weight_decay": 1e-6,
     "batch": 64,
     "epochs": 300,               # there with a rate that rises slowly, here with a cosine
     "warmup": 0,
-    "views": "slices",           # as MoCo on CT slices; released: crops of 0.2 to 1 and two random operations on intensity or geometry
+    "views": "slices",           # as MoCo on CT; released: crops of 0.2 to 1, two random intensity or geometry changes
     "size": 336,
 }
 
@@ -121,8 +122,8 @@ class MedMoCo(nn.Module):
             return [unit(projector(self.whiten(encoder(x), channel_groups)))]
         maps = encoder.features(x)
         whitened = self.whiten(maps[-1].mean((2, 3)), channel_groups)       # (B, C)  Eq. 1
-        places = pool_regions(maps[self.stage], points, self.regions)       # (B, R, C')
-        return [unit(projector(whitened)), unit(local_projector(places))]   # Eq. 1, 4
+        places = pool_regions(maps[self.stage], points, self.regions, encoder.strides[self.stage], x.shape[2:])
+        return [unit(projector(whitened)), unit(local_projector(places))]   # Eq. 1; (B, R, D), Eq. 4
 
     @torch.no_grad()
     def embed_keys(self, x, points, order, channel_groups):
@@ -161,7 +162,8 @@ class InverseRoot(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, covariance, eps):
-        values, vectors = torch.linalg.eigh(covariance)                     # a GPU is waited for here, and only here
+        # a GPU is waited for here, and only here; nan, which eigh refuses, goes on through x for the loop to report
+        values, vectors = torch.linalg.eigh(covariance.nan_to_num())
         root = (values.clamp(min=0) + eps).sqrt()
         ctx.save_for_backward(root, vectors)
         return vectors / root[..., None, :] @ vectors.mT
@@ -227,20 +229,25 @@ def matched_regions(theta1, theta2, regions):
     return points1, points2, shown[rows, chosen]
 
 
-def pool_regions(maps, points, regions):
+def pool_regions(maps, points, regions, stride=1, pixels=None):
     """Mean of maps (B, C, h, w) over the sample points of each region, interpolated between cells -> (B, R, C).
-    The numbers are grid_sample's; as one matrix product they come faster, and on a GPU the gradient is reproducible."""
+    As one matrix product this is faster than grid_sample, and on a GPU its gradient is reproducible. `pixels` (H, W) of
+    the view and the maps' stride say where a cell looks; without them a cell is a pixel."""
     maps, = at_least_float32(maps)
+    height, width = pixels or maps.shape[2:]
     points = points.unflatten(1, (regions, -1)).to(maps.dtype)              # (B, R, 9, 2)
     with torch.autocast(maps.device.type, enabled=False):
-        along_x, along_y = cell_weights(points[..., 0], maps.shape[3]), cell_weights(points[..., 1], maps.shape[2])
+        along_x = cell_weights(points[..., 0], maps.shape[3], width, stride)                # (B, R, 9, w)
+        along_y = cell_weights(points[..., 1], maps.shape[2], height, stride)               # (B, R, 9, h)
         weights = along_y.mT @ along_x / points.shape[2]                    # (B, R, h, w)
         return weights.flatten(2) @ maps.flatten(2).mT                      # (B, R, C)
 
 
-def cell_weights(position, cells):
-    """Shares of the two nearest cells, of `cells` in a row from -1 to 1: (...) -> (..., cells)."""
-    place = ((position + 1) * cells / 2 - 0.5).clamp(0, cells - 1)
+def cell_weights(position, cells, pixels, stride):
+    """Shares of the two nearest of `cells` in a row at positions from -1 to 1 across the view: (...) -> (..., cells).
+    With the padding of ResNets cell i looks at pixel i * stride, not at the middle of its square; half a stride would
+    matter, since in a mirrored view it points the other way."""
+    place = (((position + 1) * pixels / 2 - 0.5) / stride).clamp(0, cells - 1)
     return (1 - (place[..., None] - torch.arange(cells, device=position.device)).abs()).clamp(min=0)
 
 
@@ -330,8 +337,8 @@ def at_least_float32(*tensors):
 
 
 def all_ranks(x):
-    """Rows of every process in rank order. The gradient of the own rows is multiplied by the number of processes,
-    because the loop averages it."""
+    """Rows of every process in rank order. Gathered rows carry no gradient but one's own, and that one is multiplied by
+    the number of processes (x - x.detach() is 0, its gradient is not), because DistributedDataParallel averages it."""
     if not (dist.is_available() and dist.is_initialized()):
         return x
     rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]

@@ -13,12 +13,14 @@ The algorithm.
   f' <- m f' + (1 - m) f,   likewise g'                    after the optimiser's step, parameters only              (3)
   the keys replace the oldest rows of the queue            after the loss, so that no image is its own negative     (4)
   keys are encoded in shuffled order in several chunks     "split BatchNorm": each chunk has its own statistics     (5)
-(5) is needed because BatchNorm mixes a batch into each of its embeddings: q and k, made of the same batch of images,
-would carry the same trace, the rows of the queue other ones, and the network would recognise the partner by it. A
-network that knows nothing scores ln(K + 1), K the length of the queue. The first steps score far less, because the
-queue starts with noise that is easy to tell from keys; the loss *rises* for K / batch steps while keys replace it. That
-ratio is also the age of the oldest key in steps. Two rules of thumb: it stays below 1 / (1 - m), and K below the number
-N of images, since each image meets about K / N of its own old keys as negatives.
+(5) is needed because BatchNorm leaves a fingerprint of the batch in each of its embeddings: q and k, made of the same
+batch of images, would share it, the rows of the queue would not, and the network could match fingerprints instead of
+anatomy. (3) and (4) wait for the end of the step: the average is one of updated weights, the gradient still reads the
+queue, and all micro-batches of a step meet the same one. A network that knows nothing scores ln(K + 1), K the length of
+the queue. The first steps score far less, because the queue starts with noise that is easy to tell from keys; the loss
+*rises* for K / batch steps while keys replace it. K / batch is also the age of the oldest key in steps. Two rules of
+thumb: keep it below 1 / (1 - m), and K below the number N of images, since each image meets about K / N of its own old
+keys as negatives.
 
 Shapes. images (B, C, H, W) -> two views (B, C, h, w), an order (B,), patients (B,) -> unit q, k (B, D) -> one number.
 
@@ -171,8 +173,8 @@ def at_least_float32(*tensors):
 
 
 def all_ranks(x):
-    """Rows of every process in rank order. The gradient of the own rows is multiplied by the number of processes,
-    because the loop averages it."""
+    """Rows of every process in rank order. Gathered rows carry no gradient but one's own, and that one is multiplied by
+    the number of processes (x - x.detach() is 0, its gradient is not), because DistributedDataParallel averages it."""
     if not (dist.is_available() and dist.is_initialized()):
         return x
     rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]

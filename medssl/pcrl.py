@@ -22,20 +22,22 @@ The algorithm.
   f' <- momentum f' + (1 - momentum) f, likewise g'; k replaces the queue's oldest rows     after the step          (9)
 Keys are encoded in shuffled order, in chunks with BatchNorm statistics of their own, as in MoCo. "chance" is Eq. 8 for
 a network that knows nothing: ln(K + 1), K the queue's length, and for each restoration the error of painting every
-picture evenly, in its mean. The contrast may reach 9.7 and the restorations are below 0.1, so look at them one by one. With
-a small network at 64 pixels the decoder hardly obeyed the code after 250 steps: the contrast leads at first.
+picture evenly, in its mean. The contrast may reach 9.7 and the restorations are below 0.1, so look at them one by one.
+With a small network at 64 pixels the decoder hardly obeyed the code after 250 steps: the contrast leads at first.
 
 Shapes. images (B, C, H, W) -> views x1, x2 and targets R(a), R(b) (B, C, h, h), codes c (B, 6), alpha (B,), order (B,)
 -> maps (B, widths[i], h / strides[i], ...) -> unit q, k, p (B, D) and three pictures (B, C, h, h) -> one number.
 "restored" is the first picture with R undone, so that it lies over x1.
 
 Differences. In 2D, as in Zhang et al. 2023, with 6 bits for 7. Image and features are mixed with the same alpha; the
-code drew two, so that its target was not the mixture of what was mixed. One R serves both crops and the mixture. The
-mixture's embedding carries gradient, and painting is split as in Genesis, 0.2 inside (both our reading). There the blur
-falls on the views alone; here it is a part of the augmentation, so targets have it too. Encoder and decoder are handed
-in; only the coarsest map is multiplied, so with skip connections the finer ones reach the decoder unturned. Across
-processes all keys enter everyone's queue. Gradient accumulation leaves the number of negatives as it is: all
-micro-batches meet the same queue.
+code drew two, so that its target was not the mixture of what was mixed. The code's contrast is noise-contrastive
+estimation (each key is judged to be the partner or noise); here it is MoCo's softmax (5). The projector's 512 is the
+supplement's, the code has 128. One R serves both crops and the mixture. The mixture's embedding carries gradient, and
+painting is split as in Genesis, 0.2 inside (both our reading). There the blur falls on the views alone; here it is a
+part of the augmentation, so targets have it too. Encoder and decoder are handed in; only the coarsest map is
+multiplied, so with skip connections the finer ones reach the decoder unturned. Across processes all keys enter
+everyone's queue. Gradient accumulation (one optimiser step from several micro-batches) leaves the number of negatives
+as it is: all micro-batches meet the same queue.
 """
 
 import copy
@@ -53,7 +55,7 @@ RECIPE = {                       # Zhang et al. 2023, the released settings for 
     "batch": 32,
     "epochs": 240,
     "warmup": 0,                 # cosine without warm-up
-    "views": "ct",               # flips, scale, rotation and blur; no colour change on CT
+    "views": "ct",               # crops, flips, scale, rotation, blur; on its fundus photographs (the 2D set): "fundus"
     "size": 224,
 }
 
@@ -251,8 +253,8 @@ def at_least_float32(*tensors):
 
 
 def all_ranks(x):
-    """Rows of every process in rank order. The gradient of the own rows is multiplied by the number of processes,
-    because the loop averages it."""
+    """Rows of every process in rank order. Gathered rows carry no gradient but one's own, and that one is multiplied by
+    the number of processes (x - x.detach() is 0, its gradient is not), because DistributedDataParallel averages it."""
     if not (dist.is_available() and dist.is_initialized()):
         return x
     rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]

@@ -34,7 +34,7 @@ RECIPE = {                       # Zhang et al. 2023, the released settings for 
     "lr": 1e-3,
     "weight_decay": 1e-6,        # rotation's, none is given
     "batch": 32,
-    "epochs": 1000,              # likewise; there the rate drops tenfold at epoch 250, here a cosine
+    "epochs": 1000,              # also rotation's; there the rate drops tenfold at epoch 250, here a cosine
     "warmup": 0,
     "views": "plain",
     "size": 360,                 # three cells of 120; the study crops the central 720 pixels and halves them

@@ -14,9 +14,9 @@ Shapes. images (B, C, H, W), H = W -> turned images (B, C, h, w) and turns (B,) 
 
 Differences. The original shows all four turns of each image in one batch; here, as in the study of ten pretext tasks on
 medical images that RECIPE follows, each image is turned once at random. In 3D that study has ten classes (identity, and
-three turns about each axis); in 2D four remain. With rotations in the augmentation, its angle would blur the label.
-Accumulation of gradients (one optimiser step from several micro-batches) equals a larger batch but for BatchNorm's
-statistics.
+three turns about each axis); in 2D four remain. The augmentation should not rotate: a random angle on top would blur
+the label. Accumulation of gradients (one optimiser step from several micro-batches) equals a larger batch but for
+BatchNorm's statistics.
 """
 
 import math

@@ -1,15 +1,16 @@
 """Rubik: a jigsaw whose tiles are also turned over, and (RKB+) some of them masked; the network says all of it.
 
-Zhuang et al., "Self-supervised Feature Learning for 3D Medical Images by Playing a Rubik's Cube", MICCAI 2019.
-Masked tiles: Zhu et al., "Rubik's Cube+: A Self-supervised Feature Learning Framework for 3D Medical Image Analysis",
-Medical Image Analysis 2020.
+Zhuang et al., "Self-supervised Feature Learning for 3D Medical Images by Playing a Rubik's Cube", MICCAI 2019. Masked
+tiles: Zhu et al., "Rubik's Cube+: A Self-supervised Feature Learning Framework for 3D Medical Image Analysis", Medical
+Image Analysis 2020.
 
 The idea. A harder puzzle: the order of the tiles, which of them were turned over, and which of them lost half their
 pixels. Order is about anatomy, turning about each part's own shape, masking about texture. One branch has to serve all.
 
 The algorithm. Tiles, orders and branch as in a jigsaw; K orders, T tiles.
   y ~ uniform{1, ..., K};   tile t of the puzzle is tile o_y[t] of the image                                        (1)
-  r_t ~ uniform{none, left-right, up-down}: tile t is turned over so;   a_t = [r_t left-right], b_t = [r_t up-down] (2)
+  r_t ~ uniform{none, left-right, up-down}: how tile t is turned over;
+  a_t = 1 if left-right, else 0;   b_t = 1 if up-down, else 0                                                       (2)
   m_t ~ Bernoulli(1/2): the pixels of tile t are multiplied by a Bernoulli(1/2) mask            with `mask=True`    (3)
   z_t = g(f(tile t)),   z = [z_1, ..., z_T]                encoder f, branch g, shared by all tiles                  (4)
   RKB   loss = (CE(h_order(z), y) + BCE(h_a(z), a) + BCE(h_b(z), b)) / 2                                            (5)
@@ -39,7 +40,7 @@ RECIPE = {                       # Zhang et al. 2023, the released settings; siz
     "lr": 1e-3,
     "weight_decay": 1e-6,        # rotation's, none is given
     "batch": 48,                 # 8 in 3D
-    "epochs": 1000,              # likewise; there the rate drops tenfold at epoch 250, here a cosine
+    "epochs": 1000,              # also rotation's; there the rate drops tenfold at epoch 250, here a cosine
     "warmup": 0,
     "views": "plain",
     "size": 360,

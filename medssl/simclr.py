@@ -19,7 +19,7 @@ Differences. The loss is the paper's (its Eq. 1). The projector has no BatchNorm
 follows (the paper's own code has it). Each view passes the encoder on its own, so BatchNorm statistics are those of one
 view in one process; the paper's are those of both views on all devices. Across processes all embeddings are gathered
 with gradient, so more processes mean more negatives. Gradient accumulation (one optimiser step from several
-micro-batches) does not: the loss sees only its own micro-batch.
+micro-batches) does not add negatives: the loss sees only its own micro-batch.
 
 Settings of the works that use it:
   Zhang et al. 2023, ten pretext tasks (RECIPE)       temperature 0.07, head 512-256, SGD 0.05, decay 1e-4, batch 256
@@ -95,8 +95,8 @@ def at_least_float32(*tensors):
 
 
 def all_ranks(x):
-    """Rows of every process in rank order. The gradient of the own rows is multiplied by the number of processes,
-    because the loop averages it."""
+    """Rows of every process in rank order. Gathered rows carry no gradient but one's own, and that one is multiplied by
+    the number of processes (x - x.detach() is 0, its gradient is not), because DistributedDataParallel averages it."""
     if not (dist.is_available() and dist.is_initialized()):
         return x
     rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]

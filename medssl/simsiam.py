@@ -10,9 +10,9 @@ The algorithm.
   z = g(f(x)),   p = h(z)                                  encoder f, projector g, predictor h                     (1)
   D(p, z) = -cos(p, stopgrad(z))                                                                                   (2)
   loss = D(p1, z2) / 2 + D(p2, z1) / 2                                                                             (3)
-There is no chance level: the loss runs from 1 to -1, and -1 is reached by the best network and by the useless one.
-What collapse looks like: the loss is soon near -1, and the spread of the normalised embedding (standard deviation over
-images, mean over dimensions) falls from about 1 / sqrt(D), its healthy value, towards 0.
+There is no chance level: the loss runs from 1 to -1, and -1 is reached by the best network and by the useless one. What
+collapse looks like: the loss is soon near -1, and the spread of the normalised embedding (standard deviation over
+images, mean over dimensions, times sqrt(D), so that about 1 is healthy) falls towards 0.
 
 Shapes. images (B, C, H, W) -> two views (B, C, h, w) -> embeddings and predictions (B, D) -> one number.
 
@@ -31,7 +31,7 @@ from torch import nn
 RECIPE = {                       # Chattopadhyay et al. 2023, the released settings
     "optimizer": "sgd",
     "options": {"momentum": 0.0},
-    "lr": 0.04,                  # per 256: 0.01 at batch 64, held constant where we use a cosine
+    "lr": 0.04,                  # per 256: 0.01 at batch 64; there it stays constant, here a cosine
     "weight_decay": 0.0,
     "batch": 64,
     "epochs": 250,               # the default; the study's example has 200

@@ -11,16 +11,16 @@ and no time is saved. The hidden cells are those of the coarsest grid, so that o
 The algorithm.
   active: round((1 - mask_ratio) n) of the n cells of each image, drawn at random; the others are hidden          (1)
   S_i = map i of the encoder on the visible cells, exactly zero elsewhere                                         (2)
-  D_i = projection_i(norm_i(S_i) at visible sites, a learned token_i at hidden ones)                              (3)
+  D_i = projection_i(norm_i(S_i) at visible sites; at hidden ones token_i, a learned vector, the same everywhere)  (3)
   y_i = up_i(y_(i+1) + D_i)                                from coarse to fine, up to the size of the image       (4)
   target = (x - mean) / sqrt(variance + eps)               of each cell on its own, over its pixels and channels  (5)
   loss = mean over the hidden cells of the mean of (y - target)^2                                                 (6)
 "chance" is the loss of a network that paints zeros. "textured" is Eq. 6 over those cells whose variance exceeds eps.
 
-Shapes. images (B, C, H, W), H and W multiples of the cell, which is the encoder's total stride or a multiple of it
--> the view, and active (B, 1, h, w) bool, True = visible -> maps (B, widths[i], H / strides[i], W / strides[i])
--> picture (B, C, H, W) -> one number. Besides `strides` and `widths` the encoder needs `features(x)` -> maps, fine to
-coarse, and has to be made of Conv2d, BatchNorm2d, pooling and activations that leave zero alone.
+Shapes. images (B, C, H, W), H and W multiples of the cell, which is the encoder's total stride or a multiple of it ->
+the view, and active (B, 1, h, w) bool, True = visible -> maps (B, widths[i], H / strides[i], W / strides[i]) -> picture
+(B, C, H, W) -> one number. Besides `strides` and `widths` the encoder needs `features(x)` -> maps, fine to coarse, and
+has to be made of Conv2d, BatchNorm2d, pooling and activations that leave zero alone.
 
 Differences. The mask is no global, and nothing of the encoder is rebuilt: its layers look at a mask that is handed to
 them, and without one they are what they were. Any number of channels; nothing is indexed, so shapes are static. The
@@ -63,7 +63,7 @@ class SparK(nn.Module):
     """Masked image modelling for convolutional networks."""
 
     when_together = ("the encoder's BatchNorm statistics mix masked and whole images; "           # train.py says so
-                     "re-estimate them before frozen features are used")
+                     "trust fine-tuning, which estimates them anew, more than frozen features")
 
     def __init__(self, encoder, augment, channels=1, mask_ratio=0.6, width=768, cell=None, eps=1e-4,
                  normalise_prediction=False):

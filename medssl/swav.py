@@ -3,8 +3,8 @@
 Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", NeurIPS 2020.
 
 The idea. Views of one image should belong to the same cluster. If the network chose the clusters freely it would put
-everything into one; so the assignment, the code, is worked out under the rule that every cluster gets the same share
-of the batch. Two large crops provide codes; small crops, cheap to encode, only have to guess them.
+everything into one; so the assignment, the code, is worked out under the rule that every cluster gets the same share of
+the batch. Two large crops provide codes; small crops, cheap to encode, only have to guess them.
 
 The algorithm.
   z = g(f(x)) / |g(f(x))|,   s = cos(z, c_k)               encoder f, projector g, prototypes c_1..c_K of length 1 (1)
@@ -19,9 +19,9 @@ take fewer prototypes.
 Shapes. images (B, C, H, W) -> 2 large and n small crops -> scores (2 + n, B, K), codes (2, B, K) -> one number.
 
 Differences. Sinkhorn runs on logarithms: the same numbers, without overflow or underflow. In the study that RECIPE
-follows the prototypes stay frozen for 313 epochs (of 800), since it compares the paper's 313 steps with the epoch;
-here it is steps again. With `queue_size` the newest embeddings of the large crops join the batch in Eq. 2, as soon as
-the queue is full (the paper's code also waits 15 epochs). As in the paper's code the large crops of a process share
+follows the prototypes stay frozen for 313 epochs (of 800), since it compares the paper's 313 steps with the epoch; here
+it is steps again. With `queue_size` the newest embeddings of the large crops join the batch in Eq. 2, as soon as the
+queue is full (the paper's code also waits 15 epochs). As in the paper's code the large crops of a process share
 BatchNorm statistics, the small ones share theirs, and the projector sees all crops at once. Across processes all
 embeddings are gathered with gradient, so the codes share out the whole batch. With gradient accumulation (one optimiser
 step from several micro-batches) they share out one micro-batch: where it is small beside K, use the queue.
@@ -59,6 +59,7 @@ class SwAV(nn.Module):
         self.freeze, self.queue_size = freeze, queue_size
         self.projector = mlp(encoder.dim, hidden, dim)
         self.prototypes = nn.Parameter(F.normalize(torch.randn(prototypes, dim), dim=1))            # (K, D)
+        self.register_buffer("first", self.prototypes.detach().clone())     # (K, D)  where they stay while frozen
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         self.register_buffer("queue", torch.zeros(2, queue_size, dim))      # (2, Q, D)
         self.register_buffer("queued", torch.zeros((), dtype=torch.long))   # rows that ever entered the queue
@@ -99,7 +100,8 @@ class SwAV(nn.Module):
 
     @torch.no_grad()
     def after_step(self, outs, progress):
-        self.prototypes.copy_(F.normalize(self.prototypes, dim=1))          # while frozen, decay can only shorten them
+        moved = F.normalize(self.prototypes, dim=1)                         # (K, D)
+        self.prototypes.copy_(torch.where(self.steps < self.freeze, self.first, moved))     # decay moves frozen ones
         self.steps += 1
         if self.queue_size:
             rows = torch.cat([out["large"] for out in outs], dim=1)         # (2, rows, D), alike on all processes
@@ -140,8 +142,8 @@ def at_least_float32(*tensors):
 
 
 def all_ranks(x):
-    """Rows of every process in rank order. The gradient of the own rows is multiplied by the number of processes,
-    because the loop averages it."""
+    """Rows of every process in rank order. Gathered rows carry no gradient but one's own, and that one is multiplied by
+    the number of processes (x - x.detach() is 0, its gradient is not), because DistributedDataParallel averages it."""
     if not (dist.is_available() and dist.is_initialized()):
         return x
     rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]

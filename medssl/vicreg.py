@@ -18,11 +18,11 @@ which is the sign of collapse to look for.
 Shapes. images (B, C, H, W) -> two views (B, C, h, w) -> embeddings (B, D) -> three numbers and their weighted sum.
 
 Differences. As in the released code the variance term is the mean of the two views and the covariance term their sum;
-the paper, and the study that RECIPE follows, sum both. All divide variances and covariances by B - 1. The projector
-has one hidden layer, as in the study (the paper's has two, of 8192). Each view passes the encoder on its own, so
-BatchNorm statistics are those of one view in one process. Across processes all embeddings are gathered with gradient,
-so Eqs. 3 and 4 see the whole batch; with gradient accumulation (one optimiser step from several micro-batches) they
-see only their own micro-batch, whose covariance is noisier.
+the paper, and the study that RECIPE follows, sum both. Variances and covariances are divided by B - 1, as in the
+released code. The projector has one hidden layer, as in the study (the paper's has two, of 8192). Each view passes the
+encoder on its own, so BatchNorm statistics are those of one view in one process. Across processes all embeddings are
+gathered with gradient, so Eqs. 3 and 4 see the whole batch; with gradient accumulation (one optimiser step from several
+micro-batches) they see only their own micro-batch, whose covariance is noisier.
 """
 
 import torch
@@ -33,7 +33,7 @@ from torch import nn
 RECIPE = {                       # Chattopadhyay et al. 2023, the released settings
     "optimizer": "sgd",
     "options": {"momentum": 0.0},
-    "lr": 0.04,                  # per 256: 0.01 at batch 64, held constant where we use a cosine
+    "lr": 0.04,                  # per 256: 0.01 at batch 64; there it stays constant, here a cosine
     "weight_decay": 0.0,
     "batch": 64,
     "epochs": 250,               # the default; the study's example has 200
@@ -98,8 +98,8 @@ def at_least_float32(*tensors):
 
 
 def all_ranks(x):
-    """Rows of every process in rank order. The gradient of the own rows is multiplied by the number of processes,
-    because the loop averages it."""
+    """Rows of every process in rank order. Gathered rows carry no gradient but one's own, and that one is multiplied by
+    the number of processes (x - x.detach() is 0, its gradient is not), because DistributedDataParallel averages it."""
     if not (dist.is_available() and dist.is_initialized()):
         return x
     rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]

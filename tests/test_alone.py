@@ -67,7 +67,7 @@ def train(name):
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], 0.1)
     for step in range(3):
         with torch.no_grad():
-            views = method.views(torch.rand(8, 1, 64, 64))
+            views = method.views(torch.rand(8, 1, 48, 48))
         out = method(*views)
         optimizer.zero_grad()
         out["loss"].backward()

@@ -95,7 +95,7 @@ def whole(home, tmp_path_factory):
     """One evaluation with everything, watched: which rows each read-out was asked for, in order."""
     asked, out = [], tmp_path_factory.mktemp("out") / "results"
     patch = pytest.MonkeyPatch()
-    for name in ("by_neighbours", "by_line", "by_training"):
+    for name in ("by_neighbours", "by_linear_probe", "by_training"):
         def solve(fit, original=getattr(fits, name)):
             asked.append([fit.task])
             predict, facts = original(fit)
@@ -278,7 +278,7 @@ def test_differences_are_taken_seed_by_seed():
     kinds = {"random a": ("a", None), "random b": ("b", None), "one": ("b", "file"), "two": ("a", "file")}
     study = SimpleNamespace(models=[SimpleNamespace(name=name, encoder=kind, stem="default", file=file) for name, (kind, file) in kinds.items()])
     assert report.base_of(study, "one") == "random b" and report.base_of(study, "two") == report.base_of(study, "random a") == "random a"
-    records = [{"model": name, "seed": seed, "units": np.arange(4), "again": lambda rows, v=0.1 * i + 0.01 * seed: np.array([v, 2 * v]),
+    records = [{"model": name, "seed": seed, "units": np.arange(4), "rescore": lambda rows, v=0.1 * i + 0.01 * seed: np.array([v, 2 * v]),
                 "scores": {"dice": 0.1 * i + 0.01 * seed, "iou": 0.5}} for i, name in enumerate(kinds) for seed in range(3) if (name, seed) != ("one", 2)]
     cells, differences = report.summarise(study, "unet", evaluate.Condition("1.0", None, "S1"), records)
     assert [c["seeds"] for c in cells] == [2] * 4 and cells[2]["scores"]["dice"]["mean"] == pytest.approx(0.205)

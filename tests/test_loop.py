@@ -9,7 +9,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+
+import train
 
 from medssl.common import augment, encoders, feed, loop
 from medssl.moco import MoCo
@@ -57,15 +60,29 @@ def test_resume_is_exact_for_every_method(name, tmp_path):
     assert [json.loads(line)["loss"] for line in first] == [json.loads(line)["loss"] for line in second] and len(first) == 3
 
 
-def killed_run(name, at, out):
-    """In a child process: trains and kills itself, as `kill -9` would, after step `at`; with -1 in the middle of saving."""
-    method = make(name)
+KILLED = (("moco", 3), ("byol", -1))
+
+
+def killed_run(folder):
+    """In two child processes: each trains its own run and kills itself, as `kill -9` would, after step `at`; with -1 in the middle of saving."""
+    name, at = KILLED[dist.get_rank()]
+    dist.barrier()                                                          # both are there before one of them dies
+    dist.destroy_process_group()
+    method, out = make(name), folder / name
     if at < 0:
         replace, count = os.replace, iter(range(100))
         os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL) if next(count) > 4 else replace(*paths)
     for record in loop.fit(method, pictures(), config(out, steps=6, save_every=2)):
         if record["step"] == at:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("killed")
+    with pytest.raises(RuntimeError, match=r"exit codes \[-9, -9\]"):
+        run_processes(killed_run, 2, folder, folder)
+    return folder
 
 
 @pytest.fixture
@@ -77,17 +94,15 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("name,at", [("moco", 3), ("byol", -1)])
-def test_a_killed_run_is_resumed_exactly(name, at, tmp_path, one_thread):
+@pytest.mark.parametrize("name", [name for name, _ in KILLED])
+def test_a_killed_run_is_resumed_exactly(name, killed, one_thread):
     straight = make(name)
     run(straight, config(None, steps=6))
-    with pytest.raises(RuntimeError, match="exit codes"):
-        run_processes(killed_run, 1, tmp_path, name, at, tmp_path / "run")
-    assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["step"] in (2, 4)
+    assert torch.load(killed / name / "checkpoint.pt", weights_only=True)["step"] in (2, 4)
     resumed = make(name)
-    run(resumed, config(tmp_path / "run", steps=6, resume=True))
+    run(resumed, config(killed / name, steps=6, resume=True))
     assert equal(straight, resumed)
-    assert [json.loads(line)["step"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
+    assert [json.loads(line)["step"] for line in (killed / name / "log.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
 
 
 class Plain(nn.Module):
@@ -107,32 +122,46 @@ def without_norm():
     return Rotation(Plain(), augment.build("contrastive", 64), hidden=8).double()
 
 
-def trained_by_two():
-    method = without_norm().float()
-    records = run(method, config(steps=4, accum=1))
-    return method.state_dict() | {"loss": torch.tensor([r["loss"] for r in records])}
+def trained_by_two(folder):
+    plain = without_norm().float()
+    losses = [record["loss"] for record in run(plain, config(steps=4, accum=1))]
+    moco = make("moco")
+    run(moco, config(steps=2, accum=2))
+    np.save(folder / f"{dist.get_rank()}.npy", pictures(32).images)
+    train.main(["--method", "simclr", "--data", str(folder / f"{dist.get_rank()}.npy"), "--encoder", "tiny", "--out", str(folder / "run"), "--steps", "2",
+                "--batch", "16", "--size", "32", "--stem", "small", "--device", "cpu", "--cache", str(folder / f"cache{dist.get_rank()}")])
+    return {"losses": torch.tensor(losses), "plain": plain.state_dict(), "moco": moco.state_dict()}
 
 
-def test_two_processes_equal_accumulation_of_two(tmp_path):
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("two")
+
+
+@pytest.fixture(scope="module")
+def by_two(folder):
+    return run_processes(trained_by_two, 2, folder, folder)
+
+
+def test_two_processes_equal_accumulation_of_two(by_two):
     one = without_norm().float()
-    records = run(one, config(steps=4, accum=2))
-    for result in run_processes(trained_by_two, 2, tmp_path):
-        losses = result.pop("loss")
-        assert torch.allclose(losses, torch.tensor([r["loss"] for r in records]), atol=1e-6)
+    losses = torch.tensor([record["loss"] for record in run(one, config(steps=4, accum=2))])
+    for result in by_two:
+        assert torch.allclose(result["losses"], losses, atol=1e-6)
         for key, value in one.state_dict().items():
-            assert torch.allclose(value, result[key], atol=1e-6), key
+            assert torch.allclose(value, result["plain"][key], atol=1e-6), key
 
 
-def moco_by_two():
-    method = make("moco")
-    run(method, config(steps=2, accum=2))
-    return {"queue": method.queue, "pointer": method.pointer} | {f"w{i}": p.detach() for i, p in enumerate(method.parameters())}
-
-
-def test_queue_and_weights_stay_the_same_on_both_ranks(tmp_path):
-    first, second = run_processes(moco_by_two, 2, tmp_path)
-    assert all(torch.equal(first[key], second[key]) for key in first)
+def test_queue_and_weights_stay_the_same_on_both_ranks(by_two):
+    first, second = (result["moco"] for result in by_two)
+    names = [name for name, _ in make("moco").named_parameters()] + ["queue", "queue_groups", "pointer"]
+    assert all(torch.equal(first[name], second[name]) for name in names)
     assert first["pointer"] == 24 % 20                                      # two steps of the whole batch of twelve
+
+
+def test_a_run_of_two_processes_ends_with_its_pictures(by_two, folder):
+    """Also with a loss that gathers from all processes, while the first one alone draws."""
+    assert {"encoder.pt", "checkpoint.pt", "views.png", "curves.png", "spectrum.png"} <= {path.name for path in (folder / "run").iterdir()}
 
 
 def test_accumulation_equals_the_whole_batch():
@@ -255,8 +284,8 @@ def test_ctrl_c_saves_and_ends(tmp_path):
 def test_groups_rates_clip_and_schedule():
     method = Reconstruct(Plain())
     before = method.encoder.conv.weight.detach().clone()
-    groups = [{"params": [method.encoder.conv.weight], "rate": 0.0, "decays": True, "weight_decay": 0.0},
-              {"params": [method.encoder.conv.bias], "rate": 1.0, "decays": False, "weight_decay": 0.0}]
+    groups = [{"params": [method.encoder.conv.weight], "lr_scale": 0.0, "decays": True, "weight_decay": 0.0},
+              {"params": [method.encoder.conv.bias], "lr_scale": 1.0, "decays": False, "weight_decay": 0.0}]
     bias = method.encoder.conv.bias.detach().clone()
     records = run(method, config(warmup=1, steps=3), groups=groups)
     assert torch.equal(before, method.encoder.conv.weight.detach()) and not torch.equal(bias, method.encoder.conv.bias.detach())

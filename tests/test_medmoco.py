@@ -160,6 +160,24 @@ def test_regions_are_read_from_the_chosen_map():
     maps, points = torch.randn(2, 3, 5, 7, dtype=torch.float64), torch.rand(2, 6, 2).double() * 2.2 - 1.1
     sampled = F.grid_sample(maps, points.view(2, 3, 2, 2), padding_mode="border", align_corners=False).mean(3).mT
     torch.testing.assert_close(pool_regions(maps, points, 3), sampled)
+
+
+def test_a_cell_looks_where_padded_strides_put_it():
+    """Three convolutions of stride 2 that pass on their centre: cell i of the map holds pixel 8 i. On a picture of its own coordinates the pooled
+    values are the coordinates of the points, in a view and in its mirror image."""
+    net = torch.nn.Sequential(*[torch.nn.Conv2d(2, 2, 3, stride=2, padding=1, bias=False) for _ in range(3)])
+    for layer in net:
+        layer.weight.data.zero_()
+        layer.weight.data[[0, 1], [0, 1], 1, 1] = 1
+    y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
+    picture = torch.stack([x, y])[None]
+    points = torch.rand(1, 40, 2) * 1.7 - 0.9                               # within the outermost cells
+    where = (points + 1) * 32 - 0.5
+    with torch.no_grad():
+        torch.testing.assert_close(pool_regions(net(picture), points, 40, 8, (64, 64)), where)
+        mirrored = pool_regions(net(picture.flip(3)), points * torch.tensor([-1.0, 1.0]), 40, 8, (64, 64))
+    inside = where[..., 0] > 7                                              # the mirror image's last cell is 7 pixels from its edge
+    torch.testing.assert_close(mirrored[inside], where[inside])
     encoder = tiny_encoder()
     assert MedMoCo(encoder, Flip(), queue_size=8, size=64).local_projector[0].in_features == encoder.widths[-2]
     assert MedMoCo(encoder, Flip(), queue_size=8, size=128).local_projector[0].in_features == encoder.widths[-1]

@@ -63,7 +63,7 @@ def test_groups_by_prefix_and_shape():
     module.token = nn.Parameter(torch.zeros(1, 5, 1, 1))
     module.encoder.weight.requires_grad_(False)
     groups = optim.parameter_groups(module, 0.3, {"head.": 10.0})
-    found = {(g["rate"], g["decays"]): sum(p.numel() for p in g["params"]) for g in groups}
+    found = {(g["lr_scale"], g["decays"]): sum(p.numel() for p in g["params"]) for g in groups}
     assert found == {(10.0, True): 12, (10.0, False): 4, (1.0, False): 3 + 5}               # the token is not decayed, the frozen weight is not there
 
 

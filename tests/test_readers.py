@@ -275,7 +275,7 @@ def test_dicom_series_is_sorted_by_position(tmp_path):
 
 def test_dicom_without_pydicom_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pydicom", None)
-    refused(write(tmp_path / "a.dcm", b"x"), "pip install medssl[dicom]")
+    refused(write(tmp_path / "a.dcm", b"x"), 'pip install "pydicom>=3"')
 
 
 # What must be refused

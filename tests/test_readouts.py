@@ -141,7 +141,7 @@ def test_freeze_then_release_is_two_fits(monkeypatch):
     data, fits, original = pictures(), [], loop.fit
 
     def fit(method, dataset, part, rows, weights, groups):
-        rates = {group["rate"] for group in groups}
+        rates = {group["lr_scale"] for group in groups}
         fits.append((part.steps, part.seed, method.encoder.conv1.weight.requires_grad, rates, weights))
         yield from original(method, dataset, part, rows, weights, groups)
     monkeypatch.setattr(loop, "fit", fit)

@@ -103,16 +103,16 @@ def run(study, task, model, condition, seed):
         return record | {"spectrum": metrics.spectrum(features)}
     target = study.targets[TARGET[task]]
     fit = Fit(study, task, model, condition, seed, target, target.training(study.groups, condition.labels, condition.imbalance, seed))
-    predict, facts = {"knn": by_neighbours, "linear": by_line}.get(task, by_training)(fit)
+    predict, facts = {"knn": by_neighbours, "linear": by_linear_probe}.get(task, by_training)(fit)
     test = target.rows["test"]
     answers, truth, groups = predict(test), target.values[test], study.groups[test]                          # the test split, once
     record |= facts | {"train_images": len(fit.rows), "train_patients": len(np.unique(study.groups[fit.rows]))}
     if TARGET[task] == "masks":
-        record["scores"], record["again"], record["units"], single = readouts.mask_scores(answers, truth, target.classes, groups)
+        record["scores"], record["rescore"], record["units"], single = readouts.mask_scores(answers, truth, target.classes, groups)
         if seed == 0:
             record["overlay"] = report.overlay(study, test, truth, answers, single)
     else:
-        record["scores"], record["again"], record["units"] = readouts.class_scores(truth, answers, target.classes, groups)
+        record["scores"], record["rescore"], record["units"] = readouts.class_scores(truth, answers, target.classes, groups)
         record["confusion"] = metrics.confusion(truth, answers.argmax(1), len(target.classes))
     return record
 
@@ -150,7 +150,7 @@ def by_neighbours(fit):
     return predict, {"frozen": frozen}
 
 
-def by_line(fit):
+def by_linear_probe(fit):
     features, frozen = features_of(fit.study, fit.model, fit.seed)
     args = fit.study.args
     predict, chosen = readouts.linear_probe(features, fit.target.values, fit.rows, fit.target.rows["val"], len(fit.target.classes),
@@ -189,7 +189,7 @@ def by_training(fit):
     facts = {"validation": max(score for _, score in curve[1:]), "curve": [(step / per_epoch, score) for step, score in curve]}
     if fit.task == "segment":
         return predict, facts | {"frozen": unchanged(before, network)}
-    keep(study.out / f"{report.plain(fit.model.name)}-{fit.task}", network)
+    keep_encoder(study.out / f"{report.plain(fit.model.name)}-{fit.task}", network)
     return predict, facts
 
 
@@ -203,8 +203,8 @@ def schedule(args, task, target):
     return per_epoch, steps, frozen
 
 
-def keep(folder, network):
-    """The trained encoder of the first seed and condition, for train.py --init."""
+def keep_encoder(folder, network):
+    """The trained encoder of the first seed and the first condition of the series, for train.py --init."""
     if not (folder / "encoder.pt").exists():
         folder.mkdir(parents=True, exist_ok=True)
         encoders.save(network, folder / "encoder.pt")

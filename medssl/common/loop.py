@@ -50,7 +50,11 @@ class Config:
 
 
 def fit(method, dataset, config, rows=None, weights=None, groups=None):
-    """Train `method` on dataset.images[rows]; weights (one per row) shape the order, groups are the optimiser's parameter groups."""
+    """Train `method` on dataset.images[rows]. weights: how often each row is drawn; groups: the optimiser's parameter groups.
+
+    Yields the step's record: "step", "lr" and the scalars of the method's outputs. They stay tensors on the device, except on
+    logging steps, where they are floats, "images_per_s" is there, and what the caller adds to the record before it asks for the
+    next one goes into log.jsonl as well. Checkpoints are written after the yield."""
     rank, world, device = processes(config.device)
     if config.batch % (config.accum * world):
         raise ValueError(f"--batch {config.batch} must divide by --accum {config.accum} x {world} processes")
@@ -83,7 +87,7 @@ def fit(method, dataset, config, rows=None, weights=None, groups=None):
                 decay = optim.cosine(step / config.steps, config.weight_decay, config.weight_decay_end)
             lr = optim.lr_at(step, config.steps, config.warmup, config.lr)
             for group in optimizer.param_groups:
-                group["lr"] = lr * group["rate"]
+                group["lr"] = lr * group["lr_scale"]
                 group["weight_decay"] = decay if group["decays"] else 0.0
             outs = []
             for micro in range(config.accum):
@@ -107,7 +111,7 @@ def fit(method, dataset, config, rows=None, weights=None, groups=None):
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            method.after_step(outs, (step + 1) / config.steps)
+            method.after_step(outs, (step + 1) / config.steps)      # only now: slow copies average the new weights, queues were still read
 
             record = {"step": step + 1, "lr": lr, **mean_scalars(outs)}
             logging = (step + 1) % config.log_every == 0 or step + 1 == config.steps

@@ -84,7 +84,7 @@ def parameter_groups(module, weight_decay, scales=None):
             rate = next((factor for prefix, factor in scales.items() if name.startswith(prefix)), 1.0)
             decays = p.squeeze().ndim > 1
             groups.setdefault((rate, decays), []).append(p)
-    return [{"params": params, "rate": rate, "decays": decays, "weight_decay": weight_decay if decays else 0.0}
+    return [{"params": params, "lr_scale": rate, "decays": decays, "weight_decay": weight_decay if decays else 0.0}
             for (rate, decays), params in groups.items()]
 
 

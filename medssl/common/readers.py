@@ -300,7 +300,7 @@ def open_dicom(path, **words):
     try:
         import pydicom.pixels
     except ImportError:
-        raise ValueError("DICOM needs pydicom 3: pip install medssl[dicom]") from None
+        raise ValueError('DICOM needs pydicom 3: pip install "pydicom>=3"') from None
     return pydicom.dcmread(path, **words)
 
 

@@ -250,10 +250,10 @@ def class_scores(labels, shares, classes, groups):
               "average_precision": metrics.average_precision(labels, shares), "quadratic_kappa": metrics.quadratic_kappa(labels, predictions)}
     scores |= {f"recall {name}": float(value) for name, value in zip(classes, found)}
 
-    def again(rows):
+    def rescore(rows):
         draw = [metrics.balanced_accuracy(labels[rows], predictions[rows])]
         return np.array(draw + [metrics.auc(labels[rows], shares[rows])] if two else draw)
-    return scores, again, groups
+    return scores, rescore, groups
 
 
 def mask_scores(predictions, masks, classes, groups):
@@ -271,9 +271,9 @@ def mask_scores(predictions, masks, classes, groups):
             scores |= {f"{name}{unit} {c}": float(value) for c, value in list(zip(classes, each))[1:]}
             single[name + unit] = values                                    # (patients or N, K)
 
-    def again(rows):
+    def rescore(rows):
         return np.array([metrics.mean_defined(mean_by_class(single[name][rows, 1:])) for name in ("dice", "iou")])
-    return scores, again, np.arange(len(sums)), single["dice_per_slice"][:, 1:]
+    return scores, rescore, np.arange(len(sums)), single["dice_per_slice"][:, 1:]
 
 
 def mean_by_class(values):

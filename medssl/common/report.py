@@ -31,8 +31,8 @@ AXES = {"labels": "training images with labels (log scale)", "imbalance": "other
 
 
 def headlines(record):
-    """The scores that `again` draws from."""
-    return [] if "again" not in record else list(MASKS[:2] if "dice" in record["scores"] else CLASSES[:len(record["again"](np.arange(1)))])
+    """The scores that `rescore` draws from."""
+    return [] if "rescore" not in record else list(MASKS[:2] if "dice" in record["scores"] else CLASSES[:len(record["rescore"](np.arange(1)))])
 
 
 def describe(condition):
@@ -100,7 +100,7 @@ def summarise(study, task, condition, records):
     pairs = list(itertools.combinations(models, 2))
 
     def again(rows):
-        own = {name: np.mean([r["again"](rows) for r in fits], 0) for name, fits in models.items()}           # (heads,) each
+        own = {name: np.mean([r["rescore"](rows) for r in fits], 0) for name, fits in models.items()}           # (heads,) each
         return np.array([*own.values(), *(own[b] - own[a] for a, b in pairs)])                                # (models + pairs, heads)
     ends = metrics.bootstrap(again, records[0]["units"]) if heads else None
 
@@ -135,7 +135,7 @@ def tidy(value):
 
 def write_json(study, records, found, differences, tasks, out):
     dataset = study.dataset
-    kept = [{k: v for k, v in r.items() if k not in ("again", "units", "overlay")} for r in records]
+    kept = [{k: v for k, v in r.items() if k not in ("rescore", "units", "overlay")} for r in records]
     files.write_json(out / "results.json", tidy({
         "arguments": vars(study.args), "notes": study.notes, "tasks": {task: tasks[task] for task in dict.fromkeys(r["task"] for r in records)},
         "data": {"name": dataset.name, "shape": dataset.images.shape[1:],
