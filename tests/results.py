@@ -86,7 +86,7 @@ def two_minutes(study):
 
 
 def equal_time(study):
-    """The same training time for every method, a minute of one core: the pace is measured first."""
+    """The same training time for every method, --seconds of one core: the pace is measured first."""
     words = {m: study.views for m in CONTRASTIVE if m != "swav"}
     for m in ALL:
         study.train(f"pace-{m}", m, 30, words=words.get(m, "") + " --log-every 10")
@@ -94,7 +94,7 @@ def equal_time(study):
     runs = []
     for m in ALL:
         pace = json.loads((study.out / f"pace-{m}/log.jsonl").read_text().splitlines()[-1])["images_per_s"] / 64
-        runs += [study.train(f"{m}-{s}", m, max(50, round(pace * 60)), s, words=words.get(m, "")) for s in study.seeds]
+        runs += [study.train(f"{m}-{s}", m, max(50, round(pace * study.args.seconds)), s, words=words.get(m, "")) for s in study.seeds]
     study.work()
     study.each(runs, "--task knn linear --seeds 1")
 
@@ -212,6 +212,7 @@ def main():
     parser.add_argument("--views", help="of the contrastive methods on that set (default: their RECIPEs')")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--steps", type=int, help="of pretraining (default: the study's)")
+    parser.add_argument("--seconds", type=float, default=60, help="of pretraining, in equal_time")
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     study = Study(args)
