@@ -80,12 +80,12 @@ class MedMoCo(nn.Module):
         self.temperature, self.momentum, self.bn_chunks = temperature, momentum, bn_chunks
         self.same_patient_negatives, self.decorrelation = same_patient_negatives, decorrelation
         self.regions, self.local_weight = regions, local_weight
-        self.stage = -1 if size and size >= 128 else -2                     # stage 4 has too few cells on smaller views
         self.projector = mlp(encoder.dim, encoder.dim, dim, norm=False)
         self.key_encoder = copy.deepcopy(encoder).requires_grad_(False)
         self.key_projector = copy.deepcopy(self.projector).requires_grad_(False)
         self.local_projector = self.key_local_projector = None
         if regions:                                                         # on every region alike: a 1x1 convolution
+            self.stage = region_stage(encoder.strides, size, regions)
             self.local_projector = mlp(encoder.widths[self.stage], encoder.widths[self.stage], dim, norm=False)
             self.key_local_projector = copy.deepcopy(self.local_projector).requires_grad_(False)
         self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1))  # (K, D)
@@ -212,10 +212,21 @@ def fitting_groups(dim, rows):
 POINTS = 3                                                                  # a region is sampled at 3 x 3 points
 
 
+def grid_side(regions):
+    """Cells a side of the grid that regions are chosen from: three times as many as needed, since many fall outside."""
+    return math.ceil(math.sqrt(3 * regions))
+
+
+def region_stage(strides, size, regions):
+    """Number of the coarsest map with at least as many cells as the grid; the last one where the size is unknown."""
+    fit = [i for i, stride in enumerate(strides) if size is None or size // stride >= grid_side(regions)]
+    return fit[-1] if fit else 0
+
+
 def matched_regions(theta1, theta2, regions):
     """Cells of a grid over view 1, chosen at random among those that view 2 shows too and that lie inside the image.
     theta (B, 2, 3): view to image. Sample points in both views (B, R * 9, 2), -1 to 1 across a view; valid (B, R)."""
-    side = math.ceil(math.sqrt(3 * regions))                                # three times the cells: many fall outside
+    side = grid_side(regions)
     centres = (torch.arange(side * POINTS, device=theta1.device) + 0.5) * 2 / (side * POINTS) - 1
     y, x = torch.meshgrid(centres, centres, indexing="ij")
     in_view1 = torch.stack([x, y], 2).unflatten(0, (side, POINTS)).unflatten(2, (side, POINTS)).transpose(1, 2)

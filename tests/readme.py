@@ -57,7 +57,18 @@ def copy_one_file(folder):
     print(run([sys.executable, "example.py"], folder))
 
 
-for piece in (run_command, copy_one_file):
+def copy_with_maps(folder):
+    shutil.copy(ROOT / "medssl" / "spark.py", folder)
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        print("torchvision is not installed: the example with maps was not run")
+        return
+    (Path(folder) / "example.py").write_text(block("maps") + "\nout['loss'].backward(); print('loss', float(out['loss']))\n")
+    print(run([sys.executable, "example.py"], folder))
+
+
+for piece in (run_command, copy_one_file, copy_with_maps):
     with tempfile.TemporaryDirectory() as folder:
         piece(folder)
 print("the README's commands work")
