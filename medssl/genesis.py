@@ -23,13 +23,13 @@ Differences. Every image has its own curve, blocks and boxes; all are drawn for 
 the shuffle treat all channels of an image alike, noise is drawn for each. The released code shuffles 10,000 random
 blocks one after the other, each time taking the pixels from the unshuffled image. A pixel then keeps what the last
 block over it brings; a larger block lies over more pixels, so the chance that this last block has h x w pixels is
-proportional to h w. In 2D each pixel is covered about 25 times. Our one pass cuts the image along random rows and columns into rectangles whose sides
-are drawn like the blocks' (1 to a tenth of the image), and permutes each. There, too, the chance to lie in a
-rectangle of h x w pixels is proportional to h w, so a value comes from as far away as in the original; but the
-rectangles stand side by side in rows and columns, which can be seen, and no value is lost or doubled. Boxes keep their
-distance to the border in proportion (3 pixels of 64). The rate is halved every 40 epochs in the study, ours follows a
-cosine; its network is a plain U-Net with or without skip connections. Accumulation of gradients (one optimiser step
-from several micro-batches) equals a larger batch but for BatchNorm's statistics.
+proportional to h w. In 2D each pixel is covered about 25 times. Our one pass cuts the image along random rows and
+columns into rectangles whose sides are drawn like the blocks' (1 to a tenth of the image), and permutes each. There,
+too, the chance to lie in a rectangle of h x w pixels is proportional to h w, so a value comes from as far away as in
+the original; but the rectangles stand side by side in rows and columns, which can be seen, and no value is lost or
+doubled. Boxes keep their distance to the border in proportion (3 pixels of 64). The rate is halved every 40 epochs in
+the study, ours follows a cosine; its network is a plain U-Net with or without skip connections. Accumulation of
+gradients (one optimiser step from several micro-batches) equals a larger batch but for BatchNorm's statistics.
 """
 
 import torch

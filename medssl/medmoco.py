@@ -22,8 +22,9 @@ keys are whitened in the chunks in which BatchNorm sees them, since whitening le
 whole batch, in the same groups. More chunks leak less, but whiten narrower groups (4 chunks of 16 images: groups of 8
 channels; what is correlated between groups stays so). Regions are cells of a grid over view 1, chosen at random among
 those that view 2 shows too; crop, flip and rotation are one affine map, by which a region's sample points are carried
-into view 2. A network that knows nothing scores ln(K + 1) + local_weight * ln(regions), a little less where some
-regions find no partner; K: length of the queue. As in MoCo the loss rises while the queue fills.
+into view 2. They are read from the coarsest map that has as many cells as the grid (for 20 regions 8 x 8). A network
+that knows nothing scores ln(K + 1) + local_weight * ln(regions), a little less where some regions find no partner; K:
+length of the queue. As in MoCo the loss rises while the queue fills.
 
 Shapes. images (B, C, H, W) -> two views (B, C, h, w), key order and patients (B,), 9 sample points of each region in
 both views (B, R * 9, 2), which regions are valid (B, R) -> unit q, k (B, D) and u, v (B, R, D) -> one number.

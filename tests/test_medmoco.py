@@ -178,9 +178,12 @@ def test_a_cell_looks_where_padded_strides_put_it():
         mirrored = pool_regions(net(picture.flip(3)), points * torch.tensor([-1.0, 1.0]), 40, 8, (64, 64))
     inside = where[..., 0] > 7                                              # the mirror image's last cell is 7 pixels from its edge
     torch.testing.assert_close(mirrored[inside], where[inside])
+
+def test_regions_are_read_from_a_map_as_fine_as_the_grid():
+    """Twenty regions are chosen from 8 x 8 cells: stride 8 at 64 pixels, 16 at 128, 32 at 256 and where the size is unknown."""
     encoder = tiny_encoder()
-    assert MedMoCo(encoder, Flip(), queue_size=8, size=64).local_projector[0].in_features == encoder.widths[-2]
-    assert MedMoCo(encoder, Flip(), queue_size=8, size=128).local_projector[0].in_features == encoder.widths[-1]
+    for size, stage in ((32, 0), (64, 1), (128, 2), (256, 3), (None, 3)):
+        assert MedMoCo(encoder, Flip(), queue_size=8, size=size).local_projector[0].in_features == encoder.widths[stage]
     with pytest.raises(ValueError, match="regions=0"):
         MedMoCo(torch.nn.Identity(), Flip())
 
