@@ -87,12 +87,13 @@ def two_minutes(study):
 
 def equal_time(study):
     """The same training time for every method, --seconds of one core: the pace is measured first."""
+    methods = (*CONTRASTIVE, "spark", "rotation")
     words = {m: study.views for m in CONTRASTIVE if m != "swav"}
-    for m in ALL:
+    for m in methods:
         study.train(f"pace-{m}", m, 30, words=words.get(m, "") + " --log-every 10")
     study.work()
     runs = []
-    for m in ALL:
+    for m in methods:
         pace = json.loads((study.out / f"pace-{m}/log.jsonl").read_text().splitlines()[-1])["images_per_s"] / 64
         runs += [study.train(f"{m}-{s}", m, max(50, round(pace * study.args.seconds)), s, words=words.get(m, "")) for s in study.seeds]
     study.work()
@@ -114,7 +115,7 @@ def labels(study):
     runs = [study.train(f"{m}-0", m, steps, words=study.views if m in CONTRASTIVE else "") for m in ("simclr", "medmoco", "spark")]
     study.work()
     task, few = ("unet", "7n") if study.masks else ("finetune --loss balanced", "77n")
-    study.evaluate("labels", runs, f"--task {task} --labels 1.0 0.25 0.05 {few} --steps 100 --batch 32 --seeds {study.args.seeds}")
+    study.evaluate("labels", runs, f"--task {task} --labels 1.0 0.25 0.05 {few} --steps 80 --batch 32 --seeds {study.args.seeds}")
 
 
 def imbalance(study):
@@ -134,7 +135,7 @@ def chain(study):
     study.work()
     study.train("both-0", "byol", steps, words=f"--init {study.out}/generic-0")
     study.work()
-    study.evaluate("chain", ["generic-0", "own-0", "both-0"], f"--task unet --labels 0.05 1.0 --steps 160 --batch 32 --seeds {study.args.seeds}")
+    study.evaluate("chain", ["generic-0", "own-0", "both-0"], f"--task unet --labels 0.05 1.0 --steps 120 --batch 32 --seeds {study.args.seeds}")
 
 
 def masked(study):
