@@ -271,11 +271,12 @@ def greyed(pictures, mask):
 
 
 def views_sheet(views, path, count=8):
-    """What a method sees: its pictures, the first of them with hidden cells greyed, its numbers under the first row."""
+    """What a method sees: its pictures, the first of them with hidden cells greyed. Under one or two pictures with a
+    single number stands that number, the answer that is asked for; several are bookkeeping such as orders and patients."""
     pictures, masks, numbers = sort_views(views, count)
     rows = [(f"view {number}", picture) for number, picture in enumerate(pictures, 1)]
     rows += [("visible", greyed(pictures[0], mask)) for mask in masks if pictures]
-    sheet(rows, path, titles=[", ".join(map(str, row)) for row in zip(*numbers)] or None)
+    sheet(rows, path, titles=list(map(str, numbers[0])) if len(numbers) == 1 and len(pictures) < 3 else None)
 
 
 def restored_sheet(images, views, restored, path, count=8):
