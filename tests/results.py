@@ -167,6 +167,7 @@ def small_batches(study):
     study.each(runs, "--task knn linear --seeds 1")
 
 
+SHOWN = ("balanced_accuracy", "auc", "dice", "rank_me", "epochs_to_95", "epochs_to_95_of_random")
 STUDIES = {f.__name__: f for f in (phantoms, two_minutes, equal_time, collapse, labels, imbalance, chain, masked, architecture, small_batches)}
 
 
@@ -189,9 +190,8 @@ def table(paths, by=("task", "labels", "imbalance", "augment", "metric")):
     """Mean and 95 % interval, as markdown: over pretraining seeds (the fits of one run averaged first) where there are several, else over fits."""
     values = {}
     for path in paths:
-        print(f"\n{path.parent.name}")
         for line in csv.DictReader(open(path)):
-            if line["value"] and "recall" not in line["metric"]:
+            if line["value"] and (line["metric"] in SHOWN or line["metric"].startswith("recall ")):
                 column = " ".join(line[k] for k in by if line[k])
                 values.setdefault((path.parent.name, column), {}).setdefault(base(line["model"]), []).append((line["model"], float(line["value"])))
     for (folder, column), rows in values.items():

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 def run_processes(function, count, tmp_path, *values):
     """[function(*values) of rank 0, of rank 1, ...]. The function is found by its name in its module and returns what
-    torch.save can write. The first call pays for one import of torch, later calls of the session fork from it."""
+    torch.save can write. The first call pays for one import of torch, later calls fork from it."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch.distributed", "tests.test_loop", "tests.test_two_processes"])
     folder = tmp_path / f"{function.__name__}-{len(list(tmp_path.iterdir()))}"                 # a rendezvous serves one group
