@@ -1,10 +1,15 @@
-"""What the two scripts share at the command line: errors in one line with exit status 2, names suggested, values read."""
+"""What the two scripts share at the command line: errors in one line with exit status 2, names suggested, values read, Ctrl-C."""
 
 import argparse
 import ast
 import difflib
 import math
+import signal
 import sys
+import threading
+
+import torch
+import torch.distributed as dist
 
 
 class Parser(argparse.ArgumentParser):
@@ -84,3 +89,28 @@ def check_settings(settings, signature, reserved, what):
                 else True)
         if not fits:
             raise ValueError(f"--set {name}={value}: {what} takes {type(default).__name__} values there, for example {default}")
+
+
+class StopSignal:
+    """The first Ctrl-C (or SIGTERM) lets the step finish and the run be saved; the second stops at once."""
+
+    def __enter__(self):
+        self.flag, self.old = False, {}
+        if threading.current_thread() is threading.main_thread():
+            self.old = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number, _):
+        self.flag = True
+        self.__exit__()
+
+    def __exit__(self, *_):
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+    def asked(self, world, device, logging):
+        if world == 1 or not logging:
+            return self.flag and world == 1
+        flag = torch.tensor(float(self.flag), device=device)
+        dist.all_reduce(flag)                                       # all processes stop after the same step
+        return flag.item() > 0

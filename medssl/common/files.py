@@ -1,8 +1,10 @@
-"""Writing files whole or not at all, and reading tensors without running anything."""
+"""Writing files whole or not at all, reading tensors without running anything, and a run's log."""
 
 import json
+import math
 import os
 import pickle
+import time
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,3 +46,28 @@ def load_torch(path):
     if not isinstance(content, dict):
         raise ValueError(f"{path}: not a state dict")
     return content
+
+
+class Log:
+    """log.jsonl, one line per logging step, cut back to the checkpoint when a run is resumed; path None writes nothing."""
+
+    def __init__(self, path, start):
+        self.path, self.step, self.time = path, start, time.perf_counter()
+        if self.path:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            old = self.path.read_text().splitlines() if start and self.path.exists() else []
+            kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= start]
+            with whole(self.path) as temporary:
+                temporary.write_text("".join(line + "\n" for line in kept))
+
+    def rate(self, step, batch):
+        now = time.perf_counter()
+        images, seconds = (step - self.step) * batch, now - self.time
+        self.step, self.time = step, now
+        return images / seconds
+
+    def write(self, record):
+        if self.path:
+            line = {k: round(v, 6) if isinstance(v, float) and math.isfinite(v) else v for k, v in record.items()}
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")

@@ -6,12 +6,7 @@ is the uninterrupted one. `fit` is a generator: it yields one dict per step, so 
 The device is waited for on logging steps and before saving, nowhere else.
 """
 
-import json
-import math
 import os
-import signal
-import threading
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -21,6 +16,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from . import encoders, files, optim
+from .cli import StopSignal
 from .feed import Images, batch_order, make_views, mix
 
 
@@ -65,7 +61,7 @@ def fit(method, dataset, config, rows=None, weights=None, groups=None):
     optimizer = optim.build(config.optimizer, groups or optim.parameter_groups(method, config.weight_decay), config.lr, config.options)
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
     start = restore(config, method, optimizer, scaler) if config.resume else 0
-    log = Log(config, start, rank)
+    log = files.Log(Path(config.out) / "log.jsonl" if config.out and rank == 0 else None, start)
 
     model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(method) if config.sync_bn and world > 1 else method
     if world > 1:                                                   # statistics stay each rank's own; rank 0's are saved
@@ -190,54 +186,3 @@ def restore(config, method, optimizer, scaler):
     except (RuntimeError, ValueError, KeyError):
         raise ValueError(f"{path}: belongs to another method, encoder or optimiser than this run's") from None
     return state["step"]
-
-
-class Log:
-    """log.jsonl, one line per logging step, cut back to the checkpoint when a run is resumed."""
-
-    def __init__(self, config, start, rank):
-        self.path = Path(config.out) / "log.jsonl" if config.out and rank == 0 else None
-        self.step, self.time = start, time.perf_counter()
-        if self.path:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            old = self.path.read_text().splitlines() if start and self.path.exists() else []
-            kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= start]
-            with files.whole(self.path) as temporary:
-                temporary.write_text("".join(line + "\n" for line in kept))
-
-    def rate(self, step, batch):
-        now = time.perf_counter()
-        images, seconds = (step - self.step) * batch, now - self.time
-        self.step, self.time = step, now
-        return images / seconds
-
-    def write(self, record):
-        if self.path:
-            line = {k: round(v, 6) if isinstance(v, float) and math.isfinite(v) else v for k, v in record.items()}
-            with self.path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-
-
-class StopSignal:
-    """The first Ctrl-C (or SIGTERM) lets the step finish and the run be saved; the second stops at once."""
-
-    def __enter__(self):
-        self.flag, self.old = False, {}
-        if threading.current_thread() is threading.main_thread():
-            self.old = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def note(self, number, _):
-        self.flag = True
-        self.__exit__()
-
-    def __exit__(self, *_):
-        for number, handler in self.old.items():
-            signal.signal(number, handler)
-
-    def asked(self, world, device, logging):
-        if world == 1 or not logging:
-            return self.flag and world == 1
-        flag = torch.tensor(float(self.flag), device=device)
-        dist.all_reduce(flag)                                       # all processes stop after the same step
-        return flag.item() > 0
