@@ -1,6 +1,7 @@
 """What every method must be. A method that is added to METHODS is put through all of this without a line written here."""
 
 import ast
+import contextlib
 import copy
 import inspect
 import re
@@ -152,6 +153,25 @@ def test_evaluation_mode_changes_nothing(name):
     with torch.no_grad():
         assert method(*views)["loss"].isfinite()
     assert same(before, state(method))
+
+
+@pytest.fixture
+def no_autocast(monkeypatch):
+    """The meta device knows none."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stays_on_its_device_and_reads_nothing_back(name, no_autocast):
+    """On the "meta" device tensors have no values: a CPU tensor among them, or a value that is asked for, is an error there, and an error or a wait
+    on a GPU."""
+    method = make(name).train().to("meta")
+    words = inspect.signature(method.views).parameters
+    groups = {"groups": torch.arange(9, device="meta") // 2} if "groups" in words else {}
+    out = method(*method.views(torch.rand(9, 1, 64, 64, device="meta"), **groups))
+    out["loss"].backward()
+    method.after_step([detached(out)], 0.5)
+    assert all(value.device.type == "meta" for value in out.values() if isinstance(value, torch.Tensor))
 
 
 def sources():

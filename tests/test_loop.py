@@ -19,7 +19,7 @@ from medssl.moco import MoCo
 from medssl.rotation import Rotation
 from medssl.simclr import SimCLR
 from tests.common import batch, tiny_encoder
-from tests.test_contract import NAMES, make
+from tests.test_contract import NAMES, make, no_autocast  # noqa: F401
 from tests.two_process import run_processes
 
 
@@ -162,6 +162,15 @@ def test_queue_and_weights_stay_the_same_on_both_ranks(by_two):
 def test_a_run_of_two_processes_ends_with_its_pictures(by_two, folder):
     """Also with a loss that gathers from all processes, while the first one alone draws."""
     assert {"encoder.pt", "checkpoint.pt", "views.png", "curves.png", "spectrum.png"} <= {path.name for path in (folder / "run").iterdir()}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "lars", "lamb"])
+def test_between_logging_steps_nothing_is_read_back(optimizer, no_autocast):
+    """On the "meta" device, which has no values, two steps with accumulation and clipping go by; the third one is logged and fails."""
+    running = loop.fit(make("moco"), pictures(), config(steps=3, optimizer=optimizer, accum=2, clip=1.0, log_every=3, device="meta"))
+    assert [next(running)["step"] for _ in range(2)] == [1, 2]
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+        next(running)
 
 
 def test_accumulation_equals_the_whole_batch():
