@@ -54,7 +54,7 @@ def main(argv=None):
                     bar.set_postfix_str(f"{model.name}, {task}, seed {seed}", refresh=False)
                     records.append(fits.run(study, task, model, condition, seed))
                     bar.update()
-                study.features.pop(None, None)                              # a random encoder's serve for one seed only
+                study.features.pop(None, None)                              # key None: a random encoder's, which serve for one seed only
     except KeyboardInterrupt:
         stopped = True
         print("stopped: what was done so far is written")

@@ -9,7 +9,7 @@ def main():
     print("Self-supervised pretraining for 2D medical images. The methods:\n")
     for name, cls in METHODS.items():
         first = sys.modules[cls.__module__].__doc__.splitlines()[0]
-        print(f"  {name:12} {first.split(': ', 1)[-1]}")
+        print(f"  {'a+b' if name == 'together' else name:12} {first.split(': ', 1)[-1]}")
     print("""
 To start:
   python train.py                                  the default on built-in images, about two minutes on two CPU cores
