@@ -29,7 +29,7 @@ from medssl.common import augment, cli, data, encoders, feed, files, loop, metri
 
 # On the built-in set these stand in for a method's RECIPE: small, and about two minutes on two CPU cores.
 PHANTOM_PRESET = {"encoder": "tiny", "size": 64, "batch": 64, "steps": 800, "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.01, "warmup": 2,
-                  "settings": {"queue_size": 512, "momentum": 0.9, "width": 64, "prototypes": 100, "freeze": 40}}
+                  "settings": {"queue_size": 128, "momentum": 0.9, "width": 64, "prototypes": 100, "freeze": 40}}
 FILLED = ("encoder", "augment", "decoder", "small", "channels", "size", "parts", "weights")     # arguments that are filled in here, not with --set
 
 

@@ -23,7 +23,7 @@ from medssl.common import metrics                                           # no
 CONTRASTIVE = ("simclr", "dcl", "simsiam", "byol", "vicreg", "swav", "moco", "medmoco")
 ALL = (*CONTRASTIVE, "spark", "rotation", "relative", "jigsaw", "autoencoder", "genesis", "rubik", "pcrl")
 BASE = "--encoder tiny --size 64 --batch 64 --optimizer adamw --lr 1e-3 --weight-decay 0.01 --log-every 125 --device cpu"
-QUEUE = "--set queue_size=512 momentum=0.9"
+QUEUE = "--set queue_size=128 momentum=0.9"
 SMALL = {                          # what a method needs in a short run on small images; all else is the same for all
     "simclr": "--views contrastive --set temperature=0.2", "vicreg": "--set dim=512 hidden=512", "simsiam": "--set hidden=512 dim=256", "byol": "--set momentum=0.9",
     "moco": "--views contrastive --set queue_size=128 momentum=0.9 bn_chunks=1 temperature=0.1", "medmoco": QUEUE, "pcrl": QUEUE, "spark": "--stem nopool --set width=64",
