@@ -97,7 +97,7 @@ def equal_time(study):
         pace = json.loads((study.out / f"pace-{m}/log.jsonl").read_text().splitlines()[-1])["images_per_s"] / 64
         runs += [study.train(f"{m}-{s}", m, max(50, round(pace * study.args.seconds)), s, words=words.get(m, "")) for s in study.seeds]
     study.work()
-    study.each(runs, "--task knn linear --seeds 1")
+    study.each(runs, "--task knn --seeds 1")
 
 
 def collapse(study):
