@@ -1,7 +1,11 @@
 """Four methods learn in seconds; each has a number to reach that it does not reach untrained (`python tests/learning.py` has the others)."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageFilter
 
 from medssl.common import phantoms
 from tests import learning
@@ -31,3 +35,11 @@ def test_learns(name, images):
     untrained, trained = value(1), value(steps)
     print(name, untrained, trained)
     assert trained > level > untrained if sign == ">" else trained < level < untrained
+
+
+def test_rotation_finds_nothing_in_noise(images):
+    """Blurred noise has no right way up: what is learnt on phantoms is not a trace that the turning leaves in the pixels."""
+    noise = np.random.default_rng(0).integers(0, 256, (250, 48, 48), np.uint8)
+    blurred = np.stack([np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(2))) for picture in noise])
+    _, record = learning.trained("rotation", 40, [], replace(images, images=blurred[:, None]), 48, encoder=tiny_encoder(), lr=0.01)
+    assert record["accuracy"] < 0.45
