@@ -87,7 +87,7 @@ def parse(argv):
     length.add_argument("--steps", type=cli.positive)
     add("--batch", type=cli.positive, default=64)
     add("--lr", type=cli.positive_number, default=1e-3, help="AdamW's")
-    add("--head-lr", type=cli.positive_number, help="the head's (default: 10 times --lr for linear heads, --lr for the U-Net decoder)")
+    add("--head-lr", type=cli.positive_number, help="the head's (default: 10 times --lr; --lr for a decoder that was transferred)")
     add("--loss", choices=readouts.LOSSES, help="balanced: class weights; dice (and cross-entropy; default) and jaccard: masks")
     add("--transfer", choices=("encoder", "encoder+decoder"), default="encoder", help="what unet takes from a run that had a decoder")
     add("--seeds", type=cli.positive, default=3, help="of subsets, heads, order and the random encoder")

@@ -181,7 +181,7 @@ def by_training(fit):
         return metrics.balanced_accuracy(target.values[val], predict(val).argmax(1))
 
     per_epoch, steps, frozen = schedule(args, fit.task, target)
-    head_lr = args.head_lr or args.lr * (1 if fit.task == "unet" else 10)
+    head_lr = args.head_lr or args.lr * (1 if fit.task == "unet" and args.transfer == "encoder+decoder" else 10)    # new heads have far to go
     config = loop.Config(steps=steps, batch=args.batch, optimizer="adamw", lr=args.lr, weight_decay=0.01, warmup=steps // 10, clip=5.0,
                          amp=args.amp, seed=fit.seed, device=args.device)
     drawn = 1 / np.bincount(target.strata[fit.rows])[target.strata[fit.rows]] if args.resample else None
