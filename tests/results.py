@@ -135,7 +135,7 @@ def chain(study):
     study.work()
     study.train("both-0", "byol", steps, words=f"--init {study.out}/generic-0")
     study.work()
-    study.evaluate("chain", ["generic-0", "own-0", "both-0"], f"--task unet --labels 0.05 1.0 --steps 120 --batch 32 --seeds {study.args.seeds}")
+    study.evaluate("chain", ["generic-0", "own-0", "both-0"], f"--data {study.data} --task unet --labels 0.05 1.0 --steps 80 --batch 32 --seeds {study.args.seeds}")
 
 
 def masked(study):
