@@ -184,7 +184,8 @@ def guess(state, args, file):
     for name in [args.encoder] if args.encoder else encoders.ENCODERS:
         for stem in [args.stem] if args.stem else ("default", "small"):
             try:
-                encoders.load(dict(state), encoders.build(name, 1, stem))
+                with torch.device("meta"):                                  # shapes without numbers
+                    encoders.fitting(state, encoders.build(name, 1, stem))
                 return name, stem
             except ValueError as error:
                 why = str(error).removeprefix("the state dict: ")

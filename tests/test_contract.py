@@ -61,6 +61,7 @@ def detached(out):
     return {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in out.items()}
 
 
+@pytest.mark.beside
 @pytest.mark.parametrize("name", NAMES)
 def test_forward_is_deterministic_and_changes_only_running_statistics(name):
     method = make(name).train()
@@ -80,6 +81,7 @@ def test_forward_is_deterministic_and_changes_only_running_statistics(name):
     assert 0 < untrained < 50
 
 
+@pytest.mark.beside
 @pytest.mark.parametrize("name", NAMES)
 def test_every_trainable_parameter_gets_a_gradient(name):
     method = make(name).train()
@@ -94,6 +96,7 @@ def test_every_trainable_parameter_gets_a_gradient(name):
     assert all(key.endswith("bias") for key in dead), dead
 
 
+@pytest.mark.beside
 @pytest.mark.parametrize("name", NAMES)
 def test_state_moves_in_after_step_and_survives_a_round_trip(name):
     method = make(name).train()
@@ -117,6 +120,7 @@ def test_state_moves_in_after_step_and_survives_a_round_trip(name):
     assert same(state(method), state(other))
 
 
+@pytest.mark.beside
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("channels,size,stem,count", [(3, 64, "default", 5), (1, 96, "default", 4), (1, 32, "small", 6)])
 def test_channels_sizes_and_odd_batches(name, channels, size, stem, count):
@@ -128,6 +132,7 @@ def test_channels_sizes_and_odd_batches(name, channels, size, stem, count):
         assert out["restored"].shape == (count, channels, size, size)
 
 
+@pytest.mark.beside
 @pytest.mark.parametrize("name", NAMES)
 def test_views_differ_between_equal_images_and_follow_the_seed(name):
     method = make(name).train()
@@ -144,6 +149,7 @@ def test_views_differ_between_equal_images_and_follow_the_seed(name):
     assert not any(t.requires_grad for t in first)
 
 
+@pytest.mark.beside
 @pytest.mark.parametrize("name", NAMES)
 def test_evaluation_mode_changes_nothing(name):
     method = make(name)
@@ -219,6 +225,7 @@ def test_the_loop_names_no_method():
         assert not words & (set(METHODS) - {"together", "relative"}), file
 
 
+@pytest.mark.beside
 def test_an_exported_encoder_is_an_encoder():
     for name in NAMES:
         method = make(name)
@@ -226,6 +233,7 @@ def test_an_exported_encoder_is_an_encoder():
         assert encoder.state_dict().keys() == tiny_encoder().state_dict().keys()
 
 
+@pytest.mark.beside
 def test_copies_share_nothing():
     """A method can be copied: no hook or closure still points at the original's tensors."""
     for name in NAMES:

@@ -65,9 +65,10 @@ def npz(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="module")
 def small(tmp_path_factory):
-    """One cache for all tests, and intervals from few draws."""
+    """One cache for all tests, intervals from few draws, and three strengths of the linear probe's penalty to choose from."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MEDSSL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(readouts, "L2_GRID", readouts.L2_GRID[1::2])
         patch.setattr(metrics, "bootstrap", functools.partial(metrics.bootstrap, repeats=40))
         yield
 

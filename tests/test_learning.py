@@ -1,5 +1,6 @@
 """Four methods learn in seconds; each has a number to reach that it does not reach untrained (`python tests/learning.py` has the others)."""
 
+import functools
 from dataclasses import replace
 
 import numpy as np
@@ -12,34 +13,36 @@ from tests import learning
 from tests.common import tiny_encoder
 
 CASES = {                          # method: (steps, words, what is measured, sign, level)
-    "rotation": (40, [], "accuracy", ">", 0.7),
-    "simclr": (60, ["temperature=0.2"], "loss / chance", "<", 0.93),
+    "rotation": (30, [], "accuracy", ">", 0.7),
+    "simclr": (80, ["temperature=0.2"], "loss / chance", "<", 0.93),
     "medmoco": (40, ["queue_size=64", "momentum=0.9"], "local", "<", 2.8),  # ln 20 = 3.0 by chance; the loss itself rises at first
-    "spark": (30, ["width=32"], "textured", "<", 0.85),
+    "spark": (20, ["width=32"], "textured", "<", 0.85),
 }
 
 
-@pytest.fixture(scope="module")
-def images():
-    return phantoms.make(250, 48)
+@functools.cache
+def pictures():
+    return phantoms.make(250, 32)
 
 
+@pytest.mark.beside
 @pytest.mark.parametrize("name", CASES)
-def test_learns(name, images):
+def test_learns(name):
     steps, words, what, sign, level = CASES[name]
     def value(steps):
         torch.manual_seed(0)
         encoder = tiny_encoder(1, "nopool" if name == "spark" else "default")
-        return learning.measure(what, *learning.trained(name, steps, words, images, 48, encoder=encoder, lr=0.01), images)
+        return learning.measure(what, *learning.trained(name, steps, words, pictures(), 32, encoder=encoder, lr=0.01), pictures())
 
     untrained, trained = value(1), value(steps)
     print(name, untrained, trained)
     assert trained > level > untrained if sign == ">" else trained < level < untrained
 
 
-def test_rotation_finds_nothing_in_noise(images):
+@pytest.mark.beside
+def test_rotation_finds_nothing_in_noise():
     """Blurred noise has no right way up: what is learnt on phantoms is not a trace that the turning leaves in the pixels."""
-    noise = np.random.default_rng(0).integers(0, 256, (250, 48, 48), np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (250, 32, 32), np.uint8)
     blurred = np.stack([np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(2))) for picture in noise])
-    _, record = learning.trained("rotation", 40, [], replace(images, images=blurred[:, None]), 48, encoder=tiny_encoder(), lr=0.01)
+    _, record = learning.trained("rotation", 40, [], replace(pictures(), images=blurred[:, None]), 32, encoder=tiny_encoder(), lr=0.01)
     assert record["accuracy"] < 0.45

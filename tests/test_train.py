@@ -15,7 +15,7 @@ from medssl import METHODS
 from medssl.common import cli, encoders
 from tests.common import batch
 
-FAST = ["--size", "32", "--stem", "small", "--batch", "16", "--steps", "3", "--log-every", "1", "--device", "cpu"]
+FAST = ["--size", "32", "--stem", "default", "--batch", "16", "--steps", "3", "--log-every", "1", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_a_run_leaves_what_it_promises(folder, capsys):
     config = json.loads((out / "config.json").read_text())
     assert config["arguments"]["set"] == ["queue_size=24", "dim=16"] and config["encoder"]["mean"] and config["data"]["images"] == 40
     assert torch.load(out / "checkpoint.pt", weights_only=True)["method"]["queue"].shape == (24, 16)
-    encoders.load(out, encoders.build("tiny", 1, "small"))
+    encoders.load(out, encoders.build("tiny", 1, "default"))
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == [1, 2, 3] and {"loss", "chance", "lr", "images_per_s", "rank_me", "spread"} <= log[-1].keys()
     for path in out.iterdir():                                              # neither file names nor places

@@ -8,11 +8,21 @@ import torch
 import torch.distributed as dist
 
 
+def processes():
+    """Where child processes come from: a process that has imported all they need and forks them, where the system has that."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    from multiprocessing import forkserver
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch._dynamo", "tests.test_loop", "tests.test_two_processes", "tests.test_learning"])
+    forkserver.ensure_running()
+    return context
+
+
 def run_processes(function, count, tmp_path, *values):
     """[function(*values) of rank 0, of rank 1, ...]. The function is found by its name in its module and returns what
-    torch.save can write. The first call pays for one import of torch, later calls fork from it."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed", "tests.test_loop", "tests.test_two_processes"])
+    torch.save can write."""
+    context = processes()
     folder = tmp_path / f"{function.__name__}-{len(list(tmp_path.iterdir()))}"                 # a rendezvous serves one group
     folder.mkdir()
     children = [context.Process(target=child, args=(function, rank, count, folder, values)) for rank in range(count)]

@@ -145,6 +145,13 @@ def plain_keys(state):
 
 def load(source, encoder):
     """Load an encoder.pt, a run folder, or a torchvision or timm state dict; strict. Returns (matched, in the encoder)."""
+    state, own = fitting(source, encoder), encoder.state_dict()
+    encoder.load_state_dict(state, strict=False)                            # all keys were compared
+    return len(own.keys() & state.keys()), len(own)
+
+
+def fitting(source, encoder):
+    """What `load` takes, as a state dict with this encoder's keys and shapes; or a ValueError that says what does not fit."""
     name = "the state dict" if isinstance(source, dict) else str(source)
     if not isinstance(source, dict):
         path = Path(source)
@@ -164,8 +171,7 @@ def load(source, encoder):
         parts = [f"{len(keys)} {what} (first: {keys[0]})"
                  for keys, what in ((missing, "missing"), (extra, "unexpected"), (sorted(wrong), "of another shape")) if keys]
         raise ValueError(f"{name}: does not fit this encoder: {', '.join(parts)}; choose the encoder and stem that it was made with")
-    encoder.load_state_dict(state, strict=False)                            # all keys were compared above
-    return len(own.keys() & state.keys()), len(own)
+    return state
 
 
 def match_channels(weight, channels, name):
