@@ -27,7 +27,7 @@ QUEUE = "--set queue_size=128 momentum=0.9"
 SMALL = {                          # what a method needs in a short run on small images; all else is the same for all
     "simclr": "--views contrastive --set temperature=0.2", "vicreg": "--set dim=512 hidden=512", "simsiam": "--set hidden=512 dim=256", "byol": "--set momentum=0.9",
     "moco": "--views contrastive --set queue_size=128 momentum=0.99 bn_chunks=1 temperature=0.2", "medmoco": QUEUE, "pcrl": QUEUE, "spark": "--stem nopool --set width=64",
-    "swav": "--set prototypes=100 freeze=40 crops=4", "relative": "--views mild --set gap=0.2 jitter=0.1", "jigsaw": "--views mild --set gap=0.2 jitter=0.1",
+    "swav": "--set prototypes=20 freeze=0 crops=2 epsilon=0.03", "relative": "--views mild --set gap=0.2 jitter=0.1", "jigsaw": "--views mild --set gap=0.2 jitter=0.1",
     "rubik": "--views mild"}
 
 
@@ -83,6 +83,7 @@ def two_minutes(study):
     runs = [study.train(f"{m}-{s}", m, study.args.steps or steps[m], s) for s in study.seeds for m in steps]
     study.work()
     study.each(runs, "--task knn linear segment collapse --steps 100 --seeds 1")
+    study.each(runs, "--task linear finetune --labels 0.05 0.1 1.0 --steps 80 --batch 32 --loss balanced --seeds 2")
 
 
 def equal_time(study):
