@@ -97,8 +97,8 @@ def at_least_float32(*tensors):
 
 
 def all_ranks(x):
-    """Rows of every process in rank order. Gathered rows carry no gradient but one's own, and that one is multiplied by
-    the number of processes (x - x.detach() is 0, its gradient is not), because DistributedDataParallel averages it."""
+    """Rows of every process in rank order. Only the process's own rows carry a gradient, multiplied by the number of
+    processes (x - x.detach() is 0, its gradient is not): DistributedDataParallel averages, so the sum is restored."""
     if not (dist.is_available() and dist.is_initialized()):
         return x
     rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]

@@ -3,16 +3,16 @@
 Zhou et al., "Models Genesis", Medical Image Analysis 2021 (first at MICCAI 2019).
 
 The idea. An autoencoder may copy. Here copying is wrong: grey values are mapped by a random curve, pixels are shuffled
-within small blocks, and boxes, or all but some boxes, are noise. To undo this one has to know which tissue has which
-grey value, what its texture and borders look like, and what lies beside what.
+within small blocks, and boxes, or all but some boxes, are noise. To undo this, the network has to know which tissue has
+which grey value, what its texture and borders look like, and what lies beside what.
 
 The algorithm.
-  x = flipped image; the flip is all that happens to the target                                                    (1)
-  with probability 0.5: pixels change places within random blocks (`local_shuffle`)                                (2)
-  with probability 0.9: grey values go through a random Bezier curve (`bezier_map`)                                (3)
-  with probability 0.9: 0.2 of these `in_paint` (noise in boxes), 0.8 `out_paint` (noise around boxes)             (4)
-  y = sigmoid(d(f(distorted x)))                           encoder f, all its maps; decoder d                      (5)
-  loss = mean over pixels of (y - x)^2                                                                             (6)
+  target = flipped image                                   x starts as its copy; (2) to (4) change x alone         (1)
+  with probability 0.5: pixels of x change places within random blocks (`local_shuffle`)                           (2)
+  with probability 0.9: grey values of x go through a random Bezier curve (`bezier_map`)                           (3)
+  with probability 0.9: x through `in_paint` (noise in boxes) or, in 0.8 of these, `out_paint` (noise around them) (4)
+  y = sigmoid(d(f(x)))                                     encoder f, all its maps; decoder d                      (5)
+  loss = mean over pixels of (y - target)^2                                                                        (6)
 "identity" is the loss of handing back the distorted image: a network that has learnt anything stays below it. "chance"
 is the loss of painting each image evenly, in the mean of each of its channels.
 
@@ -27,9 +27,10 @@ proportional to h w. In 2D each pixel is covered about 25 times. Our one pass cu
 columns into rectangles whose sides are drawn like the blocks' (1 to a tenth of the image), and permutes each. There,
 too, the chance to lie in a rectangle of h x w pixels is proportional to h w, so a value comes from as far away as in
 the original; but the rectangles stand side by side in rows and columns, which can be seen, and no value is lost or
-doubled. Boxes keep their distance to the border in proportion (3 pixels of 64). The rate is halved every 40 epochs in
-the study, ours follows a cosine; its network is a plain U-Net with or without skip connections. Accumulation of
-gradients (one optimiser step from several micro-batches) equals a larger batch but for BatchNorm's statistics.
+doubled. Boxes keep their distance to the border in proportion (3 pixels of 64). In the study that RECIPE follows the
+rate is halved every 40 epochs, ours follows a cosine; the study's network is a plain U-Net with or without skip
+connections. Accumulation of gradients (one optimiser step from several micro-batches) equals a larger batch but for
+BatchNorm's statistics.
 """
 
 import torch
@@ -130,8 +131,9 @@ def out_paint(images):
 
 
 def boxes(images, low, high, sure):
-    """The union of at most five random boxes, (B, 1, H, W) bool, sides `low` to `high` of the image's, 3/64 of it kept
-    free at the border. `sure` boxes are always there; each further one has probability 0.95 if the last is there."""
+    """The union of at most five random boxes, (B, 1, H, W) bool. Their sides are `low` to `high` of the image's, 3/64
+    of which stays free at each border. The first `sure` are always there, each further one with probability 0.95 if
+    the one before it is."""
     there = torch.rand(len(images), 5, 1, 1, device=images.device) < 0.95
     there[:, :sure] = True
     inside = there.cumprod(1).bool()                                        # (B, 5, 1, 1)

@@ -11,20 +11,21 @@ whole images.
 
 The algorithm. f encoder, g and h projectors; f', g', h' their slow copies, which make the keys; T temperature.
   q = normalised g(W f(x1)),   k = normalised g'(W' f'(x2))     f: mean of the last map, centred; W, W': whitening   (1)
-  W = (C + eps I)^(-1/2)                                        C: covariance of the features over the batch; "ZCA"  (2)
+  W = (S + eps I)^(-1/2)                                        S: covariance of the features over the batch; "ZCA"  (2)
   global = mean of -log [ exp(q.k / T) / (exp(q.k / T) + sum over queue rows n of exp(q.n / T)) ]                    (3)
   u_i = normalised h(mean of the map over region i of x1);   v_i: with h' in x2, the same piece of anatomy           (4)
   local = mean of -log [ exp(u_i.v_i / T) / sum over regions j of the same image of exp(u_i.v_j / T) ]               (5)
   loss = global + local_weight * local                                                                               (6)
-  f' <- m f' + (1 - m) f, likewise g', h';   keys enter the queue       after the optimiser's step                   (7)
+  f' <- m f' + (1 - m) f, likewise g', h';   keys enter the queue   after the optimiser's step; m: momentum          (7)
 Whitening needs more images than features, so it runs in groups of consecutive channels, no wider than half a key chunk:
-keys are whitened in the chunks in which BatchNorm sees them, since whitening leaks like BatchNorm; queries over their
-whole batch, in the same groups. More chunks leak less, but whiten narrower groups (4 chunks of 16 images: groups of 8
-channels; what is correlated between groups stays so). Regions are cells of a grid over view 1, chosen at random among
-those that view 2 shows too; crop, flip and rotation are one affine map, by which a region's sample points are carried
-into view 2. They are read from the coarsest map that has as many cells as the grid (for 20 regions 8 x 8). A network
-that knows nothing scores ln(K + 1) + local_weight * ln(regions), a little less where some regions find no partner; K:
-length of the queue. As in MoCo the loss rises while the queue fills.
+keys are whitened in the chunks in which BatchNorm sees them, since whitening too leaves a fingerprint of the batch in
+its embeddings ((5) in moco.py); queries over their whole batch, in the same groups. More chunks share less of it, but
+whiten narrower groups (4 chunks of 16 images: groups of 8 channels; what is correlated between groups stays so).
+Regions are cells of a grid over view 1, chosen at random among those that view 2 shows too; crop, flip and rotation are
+one affine map, by which a region's sample points are carried into view 2. They are read from the coarsest map that has
+as many cells as the grid (for 20 regions 8 x 8). A network that knows nothing scores ln(K + 1) + local_weight *
+ln(regions), a little less where some regions find no partner; K: length of the queue. As in MoCo the loss rises while
+the queue fills.
 
 Shapes. images (B, C, H, W) -> two views (B, C, h, w), key order and patients (B,), 9 sample points of each region in
 both views (B, R * 9, 2), which regions are valid (B, R) -> unit q, k (B, D) and u, v (B, R, D) -> one number.
@@ -33,7 +34,7 @@ Differences. We know the paper by its abstract and the first author's later code
 whitens the final feature map by its eigenvectors. The code puts IterNorm (W approached by a few Newton steps) in the
 place of the last BatchNorm of the last block, before the shortcut is added, so that what is pooled is not white; its
 five steps on one group of 2048 channels reach only directions with more than 4 % of the variance. Here the pooled
-feature itself is whitened, exactly (`decorrelation="zca"`) or by IterNorm in groups ("iternorm"), by statistics of the
+feature itself is whitened, in groups, exactly (`decorrelation="zca"`) or by IterNorm ("iternorm"), by statistics of the
 batch alone; nothing of it stays in the encoder. The code's local term has no gradient: it cuts squares out of the input
 images, down the left edge of crops that do not match, and puts all of them into one softmax with one target; it stays
 at ln 400. Here it is (5), on matched regions of a feature map. Their number, T and local_weight are the code's. Its
@@ -122,7 +123,7 @@ class MedMoCo(nn.Module):
         if not self.regions:
             return [unit(projector(self.whiten(encoder(x), channel_groups)))]
         maps = encoder.features(x)
-        whitened = self.whiten(maps[-1].mean((2, 3)), channel_groups)       # (B, C)  Eq. 1
+        whitened = self.whiten(maps[-1].mean((2, 3)), channel_groups)       # (B, encoder.dim)  Eq. 1
         places = pool_regions(maps[self.stage], points, self.regions, encoder.strides[self.stage], x.shape[2:])
         return [unit(projector(whitened)), unit(local_projector(places))]   # Eq. 1; (B, R, D), Eq. 4
 
@@ -158,12 +159,12 @@ class MedMoCo(nn.Module):
 # ---- decorrelation
 
 class InverseRoot(torch.autograd.Function):
-    """(C + eps I)^(-1/2) of symmetric matrices (..., d, d). Autograd through eigh divides by differences of
+    """(S + eps I)^(-1/2) of symmetric matrices (..., d, d). Autograd through eigh divides by differences of
     eigenvalues, which fails where two are equal; in the closed form of this gradient the differences cancel."""
 
     @staticmethod
     def forward(ctx, covariance, eps):
-        # a GPU is waited for here, and only here; nan, which eigh refuses, goes on through x for the loop to report
+        # eigh waits for the GPU, nothing else in this file does; it refuses nan, which reaches the loss through x
         values, vectors = torch.linalg.eigh(covariance.nan_to_num())
         root = (values.clamp(min=0) + eps).sqrt()
         ctx.save_for_backward(root, vectors)
@@ -172,9 +173,9 @@ class InverseRoot(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         root, vectors = ctx.saved_tensors
-        a, b = root[..., :, None], root[..., None, :]
+        a, b = root[..., :, None], root[..., None, :]                       # (..., d, 1), (..., 1, d)
         inner = vectors.mT @ gradient @ vectors
-        return vectors @ (-inner / (a * b * (a + b))) @ vectors.mT, None
+        return vectors @ (-inner / (a * b * (a + b))) @ vectors.mT, None     # (1 / a - 1 / b) / (a^2 - b^2), shortened
 
 
 def zca(x, eps, channel_groups):
@@ -229,16 +230,17 @@ def matched_regions(theta1, theta2, regions):
     theta (B, 2, 3): view to image. Sample points in both views (B, R * 9, 2), -1 to 1 across a view; valid (B, R)."""
     side = grid_side(regions)
     centres = (torch.arange(side * POINTS, device=theta1.device) + 0.5) * 2 / (side * POINTS) - 1
-    y, x = torch.meshgrid(centres, centres, indexing="ij")
+    y, x = torch.meshgrid(centres, centres, indexing="ij")                  # (side * 3, side * 3) each
+    # the points of one cell side by side: (side, side, 3, 3, 2), then (B, cells * 9, 2)
     in_view1 = torch.stack([x, y], 2).unflatten(0, (side, POINTS)).unflatten(2, (side, POINTS)).transpose(1, 2)
-    in_view1 = in_view1.reshape(1, -1, 2).expand(len(theta1), -1, -1)       # (B, cells * 9, 2)
-    in_image = in_view1 @ theta1[:, :, :2].mT + theta1[:, None, :, 2]
+    in_view1 = in_view1.reshape(1, -1, 2).expand(len(theta1), -1, -1)
+    in_image = in_view1 @ theta1[:, :, :2].mT + theta1[:, None, :, 2]       # inv_ex, unlike inv, waits for no GPU
     in_view2 = (in_image - theta2[:, None, :, 2]) @ torch.linalg.inv_ex(theta2[:, :, :2]).inverse.mT
     shown = ((in_image.abs() <= 1) & (in_view2.abs() <= 1)).unflatten(1, (side ** 2, -1)).all(3).all(2)     # (B, cells)
     chosen = (torch.rand(shown.shape, device=shown.device) + shown).topk(regions).indices                   # (B, R)
     rows = torch.arange(len(theta1), device=theta1.device)[:, None]
     points1, points2 = (p.unflatten(1, (side ** 2, -1))[rows, chosen].flatten(1, 2) for p in (in_view1, in_view2))
-    return points1, points2, shown[rows, chosen]
+    return points1, points2, shown[rows, chosen]                            # 2 x (B, R * 9, 2), (B, R)
 
 
 def pool_regions(maps, points, regions, stride=1, pixels=None):
@@ -285,7 +287,8 @@ def region_chance(valid):
 # ---- the same as in moco.py
 
 def info_nce(q, k, queue, temperature, skip=None):
-    """Unit rows q, k (B, D) and queue (K, D): nothing is normalised here. Rows in skip (B, K) are not counted."""
+    """Cross-entropy of finding each q's own key, column 0, among it and the queue. Rows q, k (B, D) and queue (K, D)
+    are of length one already; queue rows in skip (B, K) are not counted."""
     logits = similarities(q, k, queue, skip) / temperature                  # (B, 1 + K)
     return F.cross_entropy(logits, torch.zeros_like(logits[:, 0], dtype=torch.long))
 
@@ -314,7 +317,8 @@ def same_patient(groups, queue_groups):
 
 
 def split_order(order, bn_chunks):
-    """The shuffled row numbers in chunks of eight or more, each for BatchNorm statistics of its own."""
+    """The shuffled row numbers in chunks of eight or more, each for BatchNorm statistics of its own. Below 16 rows it
+    is one chunk, and nothing is protected."""
     return order.tensor_split(max(1, min(bn_chunks, len(order) // 8)))
 
 
@@ -349,8 +353,8 @@ def at_least_float32(*tensors):
 
 
 def all_ranks(x):
-    """Rows of every process in rank order. Gathered rows carry no gradient but one's own, and that one is multiplied by
-    the number of processes (x - x.detach() is 0, its gradient is not), because DistributedDataParallel averages it."""
+    """Rows of every process in rank order. Only the process's own rows carry a gradient, multiplied by the number of
+    processes (x - x.detach() is 0, its gradient is not): DistributedDataParallel averages, so the sum is restored."""
     if not (dist.is_available() and dist.is_initialized()):
         return x
     rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]

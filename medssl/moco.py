@@ -10,17 +10,17 @@ one slowly: an average over about 1 / (1 - momentum) steps.
 The algorithm.
   q = normalised g(f(x1)),   k = normalised g'(f'(x2))     encoder f, projector g; f', g' their slow copies         (1)
   loss = mean of -log [ exp(q.k / T) / (exp(q.k / T) + sum over queue rows n of exp(q.n / T)) ],   T: temperature   (2)
-  f' <- m f' + (1 - m) f,   likewise g'                    after the optimiser's step, parameters only              (3)
-  the keys replace the oldest rows of the queue            after the loss, so that no image is its own negative     (4)
+  f' <- m f' + (1 - m) f,   likewise g'                    m: momentum; after the optimiser's step, parameters only (3)
+  the keys replace the oldest rows of the queue            after the loss, so that no q meets its own k there       (4)
   keys are encoded in shuffled order in several chunks     "split BatchNorm": each chunk has its own statistics     (5)
 (5) is needed because BatchNorm leaves a fingerprint of the batch in each of its embeddings: q and k, made of the same
 batch of images, would share it, the rows of the queue would not, and the network could match fingerprints instead of
-anatomy. (3) and (4) wait for the end of the step: the average is one of updated weights, the gradient still reads the
-queue, and all micro-batches of a step meet the same one. A network that knows nothing scores ln(K + 1), K the length of
-the queue. The first steps score far less, because the queue starts with noise that is easy to tell from keys; the loss
-*rises* for K / batch steps while keys replace it. K / batch is also the age of the oldest key in steps. Two rules of
-thumb: keep it below 1 / (1 - m), and K below the number N of images, since each image meets about K / N of its own old
-keys as negatives.
+anatomy. (3) and (4) wait for the end of the step, so that the slow copies take in the updated weights, the backward
+pass finds the queue as the loss saw it, and all micro-batches of a step meet the same queue. A network that knows
+nothing scores ln(K + 1), K the length of the queue. The first steps score far less, because the queue starts with noise
+that is easy to tell from keys; the loss *rises* for K / batch steps while keys replace it. K / batch is also the age of
+the oldest key in steps. Two rules of thumb: keep it below 1 / (1 - m), and K below the number N of images, since each
+image meets about K / N of its own old keys as negatives.
 
 Shapes. images (B, C, H, W) -> two views (B, C, h, w), an order (B,), patients (B,) -> unit q, k (B, D) -> one number.
 
@@ -109,7 +109,8 @@ class MoCo(nn.Module):
 
 
 def info_nce(q, k, queue, temperature, skip=None):
-    """Unit rows q, k (B, D) and queue (K, D): nothing is normalised here. Rows in skip (B, K) are not counted."""
+    """Cross-entropy of finding each q's own key, column 0, among it and the queue. Rows q, k (B, D) and queue (K, D)
+    are of length one already; queue rows in skip (B, K) are not counted."""
     logits = similarities(q, k, queue, skip) / temperature                  # (B, 1 + K)
     return F.cross_entropy(logits, torch.zeros_like(logits[:, 0], dtype=torch.long))
 
@@ -138,7 +139,8 @@ def same_patient(groups, queue_groups):
 
 
 def split_order(order, bn_chunks):
-    """The shuffled row numbers in chunks of eight or more, each for BatchNorm statistics of its own."""
+    """The shuffled row numbers in chunks of eight or more, each for BatchNorm statistics of its own. Below 16 rows it
+    is one chunk, and nothing is protected."""
     return order.tensor_split(max(1, min(bn_chunks, len(order) // 8)))
 
 
@@ -173,8 +175,8 @@ def at_least_float32(*tensors):
 
 
 def all_ranks(x):
-    """Rows of every process in rank order. Gathered rows carry no gradient but one's own, and that one is multiplied by
-    the number of processes (x - x.detach() is 0, its gradient is not), because DistributedDataParallel averages it."""
+    """Rows of every process in rank order. Only the process's own rows carry a gradient, multiplied by the number of
+    processes (x - x.detach() is 0, its gradient is not): DistributedDataParallel averages, so the sum is restored."""
     if not (dist.is_available() and dist.is_initialized()):
         return x
     rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]

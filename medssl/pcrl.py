@@ -9,35 +9,36 @@ which flips and quarter turns the result shall differ from the view. A mixture o
 the mixture of both pictures.
 
 The algorithm.
-  a, b = two crops of the image; x1, x2 = a, b in- or out-painted, each with probability 0.4                       (1)
+  a, b = two crops of the image; x1, x2 = a, b with noise in boxes or around them, each with probability 0.4       (1)
   R: a flip left-right and up-down, each or not, then one of four quarter turns; c = its code, 2 + 4 bits          (2)
   F = maps of the encoder f(x1), F' = maps of its slow copy f'(x2), M = alpha F + (1 - alpha) F' at every level,
   alpha = max(u, 1 - u), u uniform in [0, 1]                                                                       (3)
   q, p = normalised g(pooled coarsest map of F, of M), k = normalised g'(the same of F'): projector g, slow copy g' (4)
   contrast = mean of -log [ exp(q.k / T) / (exp(q.k / T) + sum over queue rows n of exp(q.n / T)) ],
   contrast_mix: the same with p in place of k                                                                      (5)
-  restored = sigmoid(d(maps)), after the coarsest map's channels were multiplied by sigmoid(e(c)): decoder d       (6)
+  restored = sigmoid(d(maps)), after the coarsest map's channels were multiplied by sigmoid(e(c)):
+  decoder d, small network e (`control`)                                                                           (6)
   restoration, _key, _mix = mean squares of restored from F, F', M minus R(a), R(b), alpha R(a) + (1 - alpha) R(b) (7)
   loss = (contrast + contrast_mix) / 2 + (restoration + restoration_key + restoration_mix) / 3                     (8)
   f' <- momentum f' + (1 - momentum) f, likewise g'; k replaces the queue's oldest rows     after the step          (9)
 Keys are encoded in shuffled order, in chunks with BatchNorm statistics of their own, as in MoCo. "chance" is Eq. 8 for
 a network that knows nothing: ln(K + 1), K the queue's length, and for each restoration the error of painting every
 picture evenly, in its mean. The contrast may reach 9.7 and the restorations are below 0.1, so look at them one by one.
-With a small network at 64 pixels the decoder hardly obeyed the code after 250 steps: the contrast leads at first.
+In short runs (250 steps, small network, 64 pixels) the decoder hardly follows c: the contrast is learnt first.
 
 Shapes. images (B, C, H, W) -> views x1, x2 and targets R(a), R(b) (B, C, h, h), codes c (B, 6), alpha (B,), order (B,)
 -> maps (B, widths[i], h / strides[i], ...) -> unit q, k, p (B, D) and three pictures (B, C, h, h) -> one number.
 "restored" is the first picture with R undone, so that it lies over x1.
 
-Differences. In 2D, as in Zhang et al. 2023, with 6 bits for 7. Image and features are mixed with the same alpha; the
-code drew two, so that its target was not the mixture of what was mixed. The code's contrast is noise-contrastive
-estimation (each key is judged to be the partner or noise); here it is MoCo's softmax (5). The projector's 512 is the
-supplement's, the code has 128. One R serves both crops and the mixture. The mixture's embedding carries gradient, and
-painting is split as in Genesis, 0.2 inside (both our reading). There the blur falls on the views alone; here it is a
-part of the augmentation, so targets have it too. Encoder and decoder are handed in; only the coarsest map is
-multiplied, so with skip connections the finer ones reach the decoder unturned. Across processes all keys enter
-everyone's queue. Gradient accumulation (one optimiser step from several micro-batches) leaves the number of negatives
-as it is: all micro-batches meet the same queue.
+Differences. In 2D, as in Zhang et al. 2023, with 6 bits instead of 7. Image and features are mixed with the same alpha;
+the released code drew two, so that its target was not the mixture of what was mixed. The released code's contrast is
+noise-contrastive estimation (each key is judged to be the partner or noise); here it is MoCo's softmax (5). The
+projector's 512 is the supplement's, the released code has 128. One R serves both crops and the mixture. The mixture's
+embedding carries gradient, and painting is split as in Genesis, 0.2 inside (both are our reading of the paper). In the
+released code the blur falls on the views alone; here it is a part of the augmentation, so targets have it too. Encoder
+and decoder are handed in; only the coarsest map is multiplied, so with skip connections the finer ones reach the
+decoder unturned. Across processes all keys enter everyone's queue. Gradient accumulation (one optimiser step from
+several micro-batches) leaves the number of negatives as it is: all micro-batches meet the same queue.
 """
 
 import copy
@@ -89,9 +90,9 @@ class PCRL(nn.Module):
     def forward(self, x1, x2, target1, target2, code, alpha, order):
         share = alpha.view(-1, 1, 1, 1)
         maps, key_maps = self.encoder.features(x1), self.encode_keys(x2, order)
-        mixed_maps = [share * new + (1 - share) * old for new, old in zip(maps, key_maps)]              # Eq. 3
+        mixed_maps = [share * new + (1 - share) * old for new, old in zip(maps, key_maps)]              # M of Eq. 3
         mixed_target = share * target1 + (1 - share) * target2              # (B, C, h, h)
-        q, mixed = (unit(self.projector(levels[-1].mean((2, 3)))) for levels in (maps, mixed_maps))     # (B, D)  Eq. 4
+        q, mixed = (unit(self.projector(levels[-1].mean((2, 3)))) for levels in (maps, mixed_maps))     # (B, D)  q, p
         with torch.no_grad():
             k = unit(self.key_projector(key_maps[-1].mean((2, 3))))         # (B, D)
         out = {"contrast": info_nce(q, k, self.queue, self.temperature),    # Eq. 5
@@ -161,8 +162,9 @@ def out_paint(images):
 
 
 def boxes(images, low, high, sure):
-    """The union of at most five random boxes, (B, 1, H, W) bool, sides `low` to `high` of the image's, 3/64 of it kept
-    free at the border. `sure` boxes are always there; each further one has probability 0.95 if the last is there."""
+    """The union of at most five random boxes, (B, 1, H, W) bool. Their sides are `low` to `high` of the image's, 3/64
+    of which stays free at each border. The first `sure` are always there, each further one with probability 0.95 if
+    the one before it is."""
     there = torch.rand(len(images), 5, 1, 1, device=images.device) < 0.95
     there[:, :sure] = True
     inside = there.cumprod(1).bool()                                        # (B, 5, 1, 1)
@@ -194,7 +196,8 @@ def grey_error(images):
 
 
 def info_nce(q, k, queue, temperature, skip=None):
-    """Unit rows q, k (B, D) and queue (K, D): nothing is normalised here. Rows in skip (B, K) are not counted."""
+    """Cross-entropy of finding each q's own key, column 0, among it and the queue. Rows q, k (B, D) and queue (K, D)
+    are of length one already; queue rows in skip (B, K) are not counted."""
     logits = similarities(q, k, queue, skip) / temperature                  # (B, 1 + K)
     return F.cross_entropy(logits, torch.zeros_like(logits[:, 0], dtype=torch.long))
 
@@ -218,7 +221,8 @@ def contrast_scores(q, k, queue, skip=None):
 
 
 def split_order(order, bn_chunks):
-    """The shuffled row numbers in chunks of eight or more, each for BatchNorm statistics of its own."""
+    """The shuffled row numbers in chunks of eight or more, each for BatchNorm statistics of its own. Below 16 rows it
+    is one chunk, and nothing is protected."""
     return order.tensor_split(max(1, min(bn_chunks, len(order) // 8)))
 
 
@@ -253,8 +257,8 @@ def at_least_float32(*tensors):
 
 
 def all_ranks(x):
-    """Rows of every process in rank order. Gathered rows carry no gradient but one's own, and that one is multiplied by
-    the number of processes (x - x.detach() is 0, its gradient is not), because DistributedDataParallel averages it."""
+    """Rows of every process in rank order. Only the process's own rows carry a gradient, multiplied by the number of
+    processes (x - x.detach() is 0, its gradient is not): DistributedDataParallel averages, so the sum is restored."""
     if not (dist.is_available() and dist.is_initialized()):
         return x
     rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]

@@ -71,7 +71,8 @@ class SimCLR(nn.Module):
 
 
 def nt_xent(z1, z2, temperature):
-    """Eq. 3 for z1, z2 (B, D), row i of both from image i. Rows are normalised here; the mean is over all 2B views."""
+    """Eq. 3, the normalised temperature-scaled cross-entropy, for z1, z2 (B, D), row i of both from image i. Rows are
+    normalised here; the mean is over all 2B views."""
     z = torch.cat(at_least_float32(z1, z2))                                 # (2B, D)
     with torch.autocast(z.device.type, enabled=False):
         z = F.normalize(z, dim=1)
@@ -95,8 +96,8 @@ def at_least_float32(*tensors):
 
 
 def all_ranks(x):
-    """Rows of every process in rank order. Gathered rows carry no gradient but one's own, and that one is multiplied by
-    the number of processes (x - x.detach() is 0, its gradient is not), because DistributedDataParallel averages it."""
+    """Rows of every process in rank order. Only the process's own rows carry a gradient, multiplied by the number of
+    processes (x - x.detach() is 0, its gradient is not): DistributedDataParallel averages, so the sum is restored."""
     if not (dist.is_available() and dist.is_initialized()):
         return x
     rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]

@@ -4,15 +4,16 @@ Tian et al., "Designing BERT for Convolutional Networks: Sparse and Hierarchical
 
 The idea. To paint a missing piece of an image one has to know what belongs there. Plain zeros do not hide a piece from
 a convolution, though: its window reaches in from the border, layer by layer, and BatchNorm counts the zeros as tissue.
-So after every layer the hidden sites are set to zero again, and every statistic is taken over visible sites only. That
-is what a sparse convolution computes, which skips hidden sites; here, as in the released code, ordinary layers do it,
-and no time is saved. The hidden cells are those of the coarsest grid, so that one mask fits every finer scale exactly.
+So after every layer the hidden sites (places of a map) are set to zero again, and every statistic is taken over visible
+sites only. That is what a sparse convolution computes, which skips hidden sites; here, as in the released code,
+ordinary layers do it, and no time is saved. A cell, hidden or shown whole, is a place of the coarsest map or several,
+so that one mask fits every finer scale exactly.
 
 The algorithm.
   active: round((1 - mask_ratio) n) of the n cells of each image, drawn at random; the others are hidden          (1)
   S_i = map i of the encoder on the visible cells, exactly zero elsewhere                                         (2)
   D_i = projection_i(norm_i(S_i) at visible sites; at hidden ones token_i, a learned vector, the same everywhere)  (3)
-  y_i = up_i(y_(i+1) + D_i)                                from coarse to fine, up to the size of the image       (4)
+  y_i = up_i(y_(i+1) + D_i),   y = head(y_0)               coarse to fine, from 0 up to the size of the image      (4)
   target = (x - mean) / sqrt(variance + eps)               of each cell on its own, over its pixels and channels  (5)
   loss = mean over the hidden cells of the mean of (y - target)^2                                                 (6)
 "chance" is the loss of a network that paints zeros. "textured" is Eq. 6 over those cells whose variance exceeds eps.
@@ -22,16 +23,16 @@ the view, and active (B, 1, h, w) bool, True = visible -> maps (B, widths[i], H 
 (B, C, H, W) -> one number. Besides `strides` and `widths` the encoder needs `features(x)` -> maps, fine to coarse, and
 has to be made of Conv2d, BatchNorm2d, pooling and activations that leave zero alone.
 
-Differences. The mask is no global, and nothing of the encoder is rebuilt: its layers look at a mask that is handed to
-them, and without one they are what they were. Any number of channels; nothing is indexed, so shapes are static. The
-released code standardises ImageNet pixels and takes eps 1e-6; here pixels are in [0, 1] and eps is 1e-4, the variance
-of noise of 2.5 grey levels in 255. Background is then nearly free: with 1e-6, which is less than the rounding error of
-8 bits, its noise would weigh as much as anatomy. `normalise_prediction` (off, as published) treats y as Eq. 5 does x.
-The released code shares BatchNorm between GPUs, here every process has its own statistics; it drops whole blocks at
-random (rate 0.05 for ResNet-50), here none; its learning rate starts at 0.005 and ends at 0.001 of the highest, here at
-0. The mask is gone when forward returns: activations cannot be recomputed in the backward pass (checkpointing).
-Accumulation of gradients (one optimiser step from several micro-batches) equals a larger batch but for BatchNorm's
-statistics.
+Differences. The mask is not a global variable, and nothing of the encoder is rebuilt: its layers look at a mask that is
+handed to them, and without one they are what they were. Any number of channels; nothing is indexed, so shapes are
+static. The released code standardises ImageNet pixels and takes eps 1e-6; here pixels are in [0, 1] and eps is 1e-4,
+the variance of noise of 2.5 grey levels in 255. Background is then nearly free: with 1e-6, which is less than the
+rounding error of 8 bits, its noise would weigh as much as anatomy. `normalise_prediction` (off, as published) treats y
+as Eq. 5 does x. The released code shares BatchNorm between GPUs, here every process has its own statistics; it drops
+whole blocks at random (rate 0.05 for ResNet-50), here none; its learning rate starts at 0.005 and ends at 0.001 of the
+highest, here at 0. The mask is gone when forward returns: activations cannot be recomputed in the backward pass
+(checkpointing). Accumulation of gradients (one optimiser step from several micro-batches) equals a larger batch but for
+BatchNorm's statistics.
 
 Settings of the works that use it, both with ResNet-50 at 224 pixels, LAMB 2e-4 per 256, decay 0.04 -> 0.2, clip 5:
   Wolf et al. 2023, small CT sets (RECIPE)      batch 32, 1600 epochs
@@ -62,7 +63,7 @@ RECIPE = {                       # Wolf et al. 2023: the paper's released settin
 class SparK(nn.Module):
     """Masked image modelling for convolutional networks."""
 
-    when_together = ("the encoder's BatchNorm statistics mix masked and whole images; "           # train.py says so
+    when_together = ("the encoder's BatchNorm statistics mix masked and whole images; "           # train.py prints it
                      "trust fine-tuning, which estimates them anew, more than frozen features")
 
     def __init__(self, encoder, augment, channels=1, mask_ratio=0.6, width=768, cell=None, eps=1e-4,
@@ -130,7 +131,7 @@ class SparK(nn.Module):
                 y = up(y + project(dense))                                  # Eqs. 3 and 4
         finally:
             self.mask.active = None
-        prediction = self.head(y)                                           # (B, C, H, W)
+        prediction = self.head(y)                                           # (B, C, H, W)  y of Eqs. 4 and 6
         loss = partial(masked_patch_loss, cell=self.cell, eps=self.eps, normalise_prediction=self.normalise_prediction)
         with torch.no_grad():
             flat = F.pixel_unshuffle(x, self.cell).var(1, keepdim=True) <= self.eps     # (B, 1, h, w)
@@ -185,7 +186,7 @@ def visible_batch_norm(layer, plain, mask, x):
         centred = (y - mean) * visible                                      # (B, C, H, W)
         variance = centred.square().sum((0, 2, 3), keepdim=True) / count    # (1, C, 1, 1)
         if layer.training and layer.track_running_stats:
-            with torch.no_grad():       # .data: a pass of another method in this step may have saved the buffers
+            with torch.no_grad():       # .data: autograd may hold these buffers for another forward of this step
                 layer.num_batches_tracked.add_(1)
                 rate = 1 / layer.num_batches_tracked if layer.momentum is None else layer.momentum
                 unbiased = variance * count / (count - 1)

@@ -10,21 +10,22 @@ The algorithm.
   z = g(f(x)) / |g(f(x))|,   s = cos(z, c_k)               encoder f, projector g, prototypes c_1..c_K of length 1 (1)
   q = codes of the two large crops from s by Sinkhorn's algorithm: exp(s / epsilon), then in turn columns and rows
       scaled to equal sums: every prototype the same share of the batch, every image one unit to hand out          (2)
-  loss = mean over codes c and crops v != c of the cross-entropy of q_c and softmax(s_v / temperature)             (3)
-  after each step the prototypes are scaled back to length 1; in the first `freeze` steps they do not move.
+  loss = mean over large crops a and crops v != a of the cross-entropy of q_a and softmax(s_v / temperature)       (3)
+  after each step the prototypes are scaled back to length 1; in the first `freeze` steps they do not move         (4)
 Prototypes are the centres of the clusters and are trained like weights; the smaller epsilon, the nearer a code comes to
 one cluster alone. A network that knows nothing scores ln K. A loss that stays there has not started: freeze longer, or
 take fewer prototypes.
 
-Shapes. images (B, C, H, W) -> 2 large and n small crops -> scores (2 + n, B, K), codes (2, B, K) -> one number.
+Shapes. images (B, C, H, W) -> V = 2 + n crops, 2 large, n small -> scores (V, B, K), codes (2, B, K) -> one number.
 
 Differences. Sinkhorn runs on logarithms: the same numbers, without overflow or underflow. In the study that RECIPE
-follows the prototypes stay frozen for 313 epochs (of 800), since it compares the paper's 313 steps with the epoch; here
-it is steps again. With `queue_size` the newest embeddings of the large crops join the batch in Eq. 2, as soon as the
-queue is full (the paper's code also waits 15 epochs). As in the paper's code the large crops of a process share
-BatchNorm statistics, the small ones share theirs, and the projector sees all crops at once. Across processes all
-embeddings are gathered with gradient, so the codes share out the whole batch. With gradient accumulation (one optimiser
-step from several micro-batches) they share out one micro-batch: where it is small beside K, use the queue.
+follows the prototypes stay frozen for 313 epochs (of 800): its code compares the epoch with the paper's 313, which
+counts steps; here it counts steps again. With `queue_size` the newest embeddings of the large crops join the batch in
+Eq. 2, as soon as the queue is full (the paper's code also waits 15 epochs). As in the paper's code the large crops of a
+process share BatchNorm statistics, the small ones share theirs, and the projector sees all crops at once. Across
+processes all embeddings are gathered with gradient, so the codes share out the whole batch. With gradient accumulation
+(one optimiser step from several micro-batches) they share out one micro-batch: where it is small beside K, use the
+queue.
 """
 
 import math
@@ -71,13 +72,14 @@ class SwAV(nn.Module):
 
     def forward(self, *crops):
         sizes = [group for group in (crops[:2], crops[2:]) if group]
-        y = torch.cat([self.encoder(torch.cat(group)) for group in sizes])  # (V * B, dim)
+        y = torch.cat([self.encoder(torch.cat(group)) for group in sizes])  # (V * B, encoder.dim)
         z = F.normalize(*at_least_float32(self.projector(y)), dim=1)        # (V * B, D)
-        z = torch.stack(z.chunk(len(crops)), dim=1)                         # (B, V, D)
+        z = torch.stack(z.chunk(len(crops)), dim=1)                         # (B, V, D): all_ranks joins the first axis
         z_all = all_ranks(z).transpose(0, 1)                                # (V, ranks * B, D)
         with torch.autocast(z.device.type, enabled=False):
             scores = z_all @ self.frozen_at_first(self.prototypes).T        # (V, ranks * B, K)  Eq. 1
-            codes = torch.stack([self.codes(scores[view].detach(), self.queue[view]) for view in range(2)])
+            codes = [self.codes(scores[view].detach(), self.queue[view]) for view in range(2)]      # 2 x (ranks * B, K)
+            codes = torch.stack(codes)
         loss = swapped_loss(scores, codes, self.temperature)                # Eq. 3
         return {"loss": loss, "chance": math.log(len(self.prototypes)), "large": z_all[:2].detach(),
                 "embedding": z[:, 0].detach()}
@@ -100,8 +102,9 @@ class SwAV(nn.Module):
 
     @torch.no_grad()
     def after_step(self, outs, progress):
+        # Eq. 4; `first` undoes weight decay, which moves the prototypes even where their gradient is zero
         moved = F.normalize(self.prototypes, dim=1)                         # (K, D)
-        self.prototypes.copy_(torch.where(self.steps < self.freeze, self.first, moved))     # decay moves frozen ones
+        self.prototypes.copy_(torch.where(self.steps < self.freeze, self.first, moved))
         self.steps += 1
         if self.queue_size:
             rows = torch.cat([out["large"] for out in outs], dim=1)         # (2, rows, D), alike on all processes
@@ -142,8 +145,8 @@ def at_least_float32(*tensors):
 
 
 def all_ranks(x):
-    """Rows of every process in rank order. Gathered rows carry no gradient but one's own, and that one is multiplied by
-    the number of processes (x - x.detach() is 0, its gradient is not), because DistributedDataParallel averages it."""
+    """Rows of every process in rank order. Only the process's own rows carry a gradient, multiplied by the number of
+    processes (x - x.detach() is 0, its gradient is not): DistributedDataParallel averages, so the sum is restored."""
     if not (dist.is_available() and dist.is_initialized()):
         return x
     rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]

@@ -2,15 +2,15 @@
 
 Bardes et al., "VICReg: Variance-Invariance-Covariance Regularization for Self-Supervised Learning", ICLR 2022.
 
-The idea. Where other methods avoid collapse (one embedding for all images) by negatives or by asymmetry, here it is
-forbidden outright: a term punishes dimensions of the embedding that vary too little over the batch, another punishes
-dimensions that vary together.
+The idea. Other methods avoid collapse (one embedding for all images) by pushing images apart or by treating the two
+views differently; here it is forbidden outright: a term punishes dimensions of the embedding that vary too little over
+the batch, another punishes dimensions that vary together.
 
 The algorithm.
   z = g(f(x))                                              encoder f, projector g; g is thrown away afterwards     (1)
   invariance = mean of (z1 - z2)^2 over images and dimensions                                                      (2)
   variance   = mean over dimensions of max(0, 1 - sqrt(var + 0.0001)), mean of both views                          (3)
-  covariance = sum over pairs of different dimensions of cov^2, divided by D, sum of both views                    (4)
+  covariance = sum over ordered pairs of different dimensions of cov^2, divided by D, sum of both views            (4)
   loss = 25 invariance + 25 variance + 1 covariance                                                                (5)
 A network that gives one embedding to all images scores 25 * 0.99, returned as chance; its covariance term is exactly 0,
 which is the sign of collapse to look for.
@@ -98,8 +98,8 @@ def at_least_float32(*tensors):
 
 
 def all_ranks(x):
-    """Rows of every process in rank order. Gathered rows carry no gradient but one's own, and that one is multiplied by
-    the number of processes (x - x.detach() is 0, its gradient is not), because DistributedDataParallel averages it."""
+    """Rows of every process in rank order. Only the process's own rows carry a gradient, multiplied by the number of
+    processes (x - x.detach() is 0, its gradient is not): DistributedDataParallel averages, so the sum is restored."""
     if not (dist.is_available() and dist.is_initialized()):
         return x
     rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]
