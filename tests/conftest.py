@@ -7,7 +7,7 @@ from concurrent.futures import ProcessPoolExecutor
 # On networks this small a second thread costs as much as it gives, and beside other work the two wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from tests.two_process import processes                                     # noqa: E402
+from tests.two_process import processes, quiet                              # noqa: E402
 
 MANY = 100                         # fewer tests than this run one after the other: somebody is looking for an error
 
@@ -22,7 +22,7 @@ def pytest_collection_finish(session):
     gc.collect()
     gc.freeze()                                                             # modules are no garbage: they need not be searched for it again
     if len(session.items) >= MANY and not session.config.option.collectonly:
-        session.pool = ProcessPoolExecutor(1, context)
+        session.pool = ProcessPoolExecutor(1, context, initializer=quiet)
         for item in session.items:
             if item.get_closest_marker("beside"):
                 item.beside = session.pool.submit(item.function, **(item.callspec.params if hasattr(item, "callspec") else {}))

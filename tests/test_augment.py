@@ -151,3 +151,51 @@ def test_probabilities():
     x = batch(1, 1, 16).expand(3000, -1, -1, -1)
     share = (augment.Augment(16, flip=0.3)(x) - x).abs().amax((1, 2, 3)).gt(1e-3).float().mean()
     assert abs(share - 0.3) < 0.03
+
+
+def test_zoom_shift_and_rotation_have_their_ranges():
+    torch.manual_seed(0)
+    nothing = torch.zeros(2000, 1, 8, 8)
+    zoomed = augment.Augment(8, zoom=(2.0, 2.0))(nothing, geometry=True)[1]
+    assert torch.allclose(zoomed, torch.tensor([[0.5, 0, 0], [0, 0.5, 0]]).expand(2000, 2, 3))              # twice as large is half of it
+    zoomed = augment.Augment(8, zoom=(2.0, 2.0), zoom_p=0.4)(nothing, geometry=True)[1]
+    assert abs((zoomed[:, 0, 0] == 0.5).float().mean() - 0.4) < 0.06
+    moved = augment.Augment(8, shift=0.2)(nothing, geometry=True)[1][:, :, 2]                               # of a side of length 2
+    assert -0.4 <= moved.min() < -0.39 and 0.39 < moved.max() <= 0.4
+    turned = augment.Augment(8, rotation=30, rotation_p=0.4)(nothing, geometry=True)[1]
+    angle = torch.atan2(turned[:, 1, 0], turned[:, 0, 0]).rad2deg()
+    assert -30.01 < angle.min() < -29 and 29 < angle.max() < 30.01 and abs((angle != 0).float().mean() - 0.4) < 0.06
+
+
+def test_crops_of_oblong_images_keep_the_ratio_in_pixels():
+    _, theta = augment.Augment(8, crop=(0.2, 0.4), ratio=(1.0, 1.0))(torch.zeros(50, 1, 16, 32), geometry=True)
+    assert torch.allclose(theta[:, 0, 0] * 32, theta[:, 1, 1] * 16)
+
+
+@pytest.mark.parametrize("words", [{"brightness": 0.5, "jitter": 0.3}, {"grayscale": 0.3}, {"blur": (9.0, 9.0), "blur_p": 0.3}, {"solarise": 0.3},
+                                   {"noise": (0.1, 0.1), "noise_p": 0.3}, {"cutout": (0.2, 0.3), "cutout_p": 0.3}], ids=lambda words: [*words][0])
+def test_intensities_change_their_share_of_the_images(words):
+    torch.manual_seed(0)
+    x = batch(1, 3, 16).expand(1000, -1, -1, -1)
+    share = (augment.Augment(16, **words)(x) - x).abs().amax((1, 2, 3)).gt(1e-4).float().mean()
+    assert abs(share - 0.3) < 0.06
+
+
+def test_contrast_saturation_gray_and_blur_by_hand():
+    x = 0.4 + 0.2 * batch(40, 3, 16)
+    assert torch.allclose(augment.Augment(16, contrast=0.5)(x[:, :1]).mean((2, 3)), x[:, :1].mean((2, 3)), atol=1e-5)     # around its own mean
+    assert torch.allclose(augment.luminance(augment.Augment(16, saturation=0.5)(x)), augment.luminance(x), atol=1e-5)
+    assert torch.allclose(augment.Augment(16, grayscale=1.0)(x), augment.luminance(x).expand_as(x))
+    large = batch(2, 1, 112)
+    assert torch.allclose(augment.Augment(112, blur=(2.0, 2.0), blur_p=1.0)(large), augment.gaussian_blur(large, torch.ones(2)))
+
+
+def test_gamma_noise_and_hue_are_drawn_for_each_image_in_their_ranges():
+    torch.manual_seed(0)
+    bent = augment.Augment(8, gamma=(0.5, 2.0))(torch.full((1000, 1, 8, 8), 0.5))[:, 0, 0, 0].log2().neg()
+    assert len(bent.unique()) > 900 and 0.5 <= bent.min() + 1e-5 < 0.52 and 1.95 < bent.max() <= 2 + 1e-5 and abs(bent.log().mean()) < 0.05
+    noisy = augment.Augment(8, noise=(0.05, 0.05), noise_p=1.0)(torch.full((9, 1, 8, 8), 0.5))
+    assert not torch.equal(noisy[0], noisy[1])
+    red = torch.tensor([0.9, 0.1, 0.1]).view(1, 3, 1, 1).expand(1000, 3, 8, 8)
+    hues = [(colorsys.rgb_to_hsv(*pixel)[0] + 0.5) % 1 - 0.5 for pixel in augment.Augment(8, hue=0.1)(red)[:, :, 0, 0].tolist()]
+    assert -0.101 < min(hues) < -0.095 and 0.095 < max(hues) < 0.101

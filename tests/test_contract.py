@@ -247,3 +247,24 @@ def test_copies_share_nothing():
         assert any(p.abs().sum() > 0 for p in twin.parameters())
         fresh = make(name).train()
         assert torch.allclose(twin(*views)["loss"], fresh(*views)["loss"], atol=1e-5), name
+
+
+@pytest.mark.beside
+@pytest.mark.parametrize("name", NAMES)
+def test_two_views_of_an_image_are_drawn_apart(name):
+    x1, x2, *_ = *views_of(make(name)), None
+    if isinstance(x1, torch.Tensor) and isinstance(x2, torch.Tensor) and x1.shape == x2.shape:
+        assert (x1 != x2).flatten(1).any(1).all()
+
+
+@pytest.mark.beside
+@pytest.mark.parametrize("name", ["moco", "medmoco", "pcrl"])
+def test_keys_come_from_the_slow_networks_alone(name):
+    method = make(name).eval()
+    views = views_of(method)
+    with torch.no_grad():
+        keys = method(*views)["keys"]
+        for p in method.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p))
+        assert torch.equal(method(*views)["keys"], keys)

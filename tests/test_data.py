@@ -414,3 +414,37 @@ def test_shared_sets():
         refused([name], bad / name)
     assert data.load(SHARED / "formats/medmnist_gray.npz").splits.tolist().count("train") == 20
     assert (data.load(SHARED / "formats/stack8.npy").images[:, 0] == readers.read(SHARED / "formats/stack8.npy")).all()
+
+
+def test_moments_of_16_bits_are_shares_of_the_full_scale(tmp_path):
+    image = save(tmp_path / "set/1.png", pixels(0, dtype=np.uint16))
+    dataset = data.load(tmp_path / "set")
+    np.testing.assert_allclose([*dataset.mean, *dataset.std], [(image / 65535).mean(), (image / 65535).std()], rtol=1e-4)
+
+
+def test_split_takes_the_moments_of_its_training_images():
+    images = np.random.default_rng(0).integers(0, 256, (20, 1, 4, 4)).astype(np.uint8)
+    dealt = data.split(data.Dataset("", images))
+    train = images[dealt.rows("train")] / 255
+    np.testing.assert_allclose([*dealt.mean, *dealt.std], [train.mean(), train.std()], rtol=1e-5)
+
+
+def test_a_volume_is_scaled_as_a_whole_and_keeps_masked_slices(tmp_path):
+    values = np.stack([pixels(n).astype(np.int16) + 300 * n for n in range(3)] + [np.zeros((32, 32), np.int16)] * 2)
+    mask = np.zeros(values.shape, np.uint8)
+    mask[3, 4:9, 4:9] = 1                                                   # black, but somebody marked it
+    save_volume(tmp_path / "scans/images/1.mha", values)
+    save_volume(tmp_path / "scans/masks/1.mha", mask)
+    prepare.main([str(tmp_path / "scans"), "--to", str(tmp_path / "ready")])
+    dataset = data.load(tmp_path / "ready")
+    low, high = np.percentile(values, (0.5, 99.5))
+    expected = (values[:4].clip(low, high) - low) * 255 / (high - low)
+    np.testing.assert_allclose(dataset.images[:, 0], expected, atol=0.51)
+    assert dataset.masks.sum() == mask.sum()
+
+
+def test_preparing_inverts_where_small_is_bright(tmp_path, monkeypatch):
+    image = save(tmp_path / "set/1.png", pixels(0))
+    monkeypatch.setattr(readers, "small_is_bright", lambda path: True)      # a DICOM file of kind MONOCHROME1
+    prepare.main([str(tmp_path / "set"), "--to", str(tmp_path / "ready")])
+    np.testing.assert_array_equal(data.load(tmp_path / "ready").images[0, 0], 255 - image)

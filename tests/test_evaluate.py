@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import evaluate
-from medssl.common import cli, encoders, fits, metrics, readouts, report
+from medssl.common import cli, encoders, fits, metrics, readouts, report, subsets
 from tests.common import batch
 
 FAST = ["--steps", "3", "--batch", "16", "--seeds", "2", "--device", "cpu"]
@@ -293,3 +293,26 @@ def test_words():
     assert report.describe(evaluate.Condition("7n", 10.0, "S2")) == "labels 7n, imbalance 10, S2"
     assert report.tidy({"a": float("nan"), "b": np.float32(0.5), "c": (np.int64(3),)}) == {"a": None, "b": 0.5, "c": [3]}
     assert report.plain("a/b c@10") == "a_b_c@10"
+
+
+def test_every_choice_is_made_on_the_validation_rows(whole):
+    _, asked = whole
+    validation = {i for i in range(96) if i // 4 % 4 == 3}
+    for task, *rows in asked:
+        chosen = rows[:-2] if task in fits.TRAINED else rows[1:2] if task == "linear" else []
+        assert all(set(r) == validation for r in chosen) and (task == "knn" or chosen), task
+
+
+def test_intervals_draw_whole_patients():
+    labels, groups = np.arange(40) % 2, np.arange(40) // 4
+    target = subsets.Target(labels, ("a", "b"), labels, {"train": np.arange(20), "val": np.arange(0), "test": np.arange(20, 40)})
+    study = fits.Study(None, None, torch.device("cpu"), [], groups, targets={"labels": target}, features={None: (torch.randn(40, 3), "")})
+    record = fits.run(study, "knn", fits.Model("random", "tiny", "default"), fits.Condition("1.0", None, None), 0)
+    assert record["units"].tolist() == groups[20:].tolist()
+
+
+def test_each_seed_has_its_own_order_and_head(home, monkeypatch):
+    tune, seen = readouts.tune, []
+    monkeypatch.setattr(readouts, "tune", lambda method, *rest: seen.append((rest[3].seed, readouts.fingerprint(method.head))) or tune(method, *rest))
+    run(home / "run", "--task", "finetune", "--out", "out", *FAST)
+    assert len(seen) == 4 and {seed for seed, _ in seen} == {0, 1} and len({head for _, head in seen}) == 2  # the same heads on both encoders

@@ -1,5 +1,6 @@
 """The loop: exact resume, nothing lost, the same weights however the batch is cut up, and clear words when something is wrong."""
 
+import copy
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from torch import nn
 
 import train
 
-from medssl.common import augment, encoders, feed, loop
+from medssl.common import augment, encoders, feed, loop, optim
 from medssl.moco import MoCo
 from medssl.rotation import Rotation
 from medssl.simclr import SimCLR
@@ -338,3 +339,70 @@ def test_misuse_is_told_in_one_line(tmp_path):
         run(make("simclr"), config(tmp_path, resume=True))
     with pytest.raises(ValueError, match="no such file"):
         run(make("simclr"), config(tmp_path / "empty", resume=True))
+
+
+class Still(Reconstruct):
+    """No gradient: only the decay moves the weights."""
+
+    def forward(self, x):
+        return {"loss": 0 * super().forward(x)["loss"]}
+
+
+def test_decay_runs_to_its_end_and_spares_biases():
+    method = Still(Plain())
+    conv, before = method.encoder.conv, copy.deepcopy(method.encoder.conv)
+    records = run(method, config(lr=0.1, options={"momentum": 0.0}, weight_decay=0.1, weight_decay_end=0.5))
+    factor = np.prod([1 - record["lr"] * optim.cosine(i / 3, 0.1, 0.5) for i, record in enumerate(records)])
+    assert torch.equal(conv.bias, before.bias) and torch.allclose(conv.weight, factor * before.weight, atol=1e-6)
+
+
+def test_clipping_under_half_precision_is_that_of_full_precision():
+    moved = {}
+    for amp in ("off", "fp16"):
+        torch.manual_seed(0)
+        method = Reconstruct(Plain())
+        start = method.encoder.conv.weight.detach().clone()
+        run(method, config(clip=1e-4, amp=amp, options={"momentum": 0.0}, lr=1.0))
+        moved[amp] = (method.encoder.conv.weight.detach() - start).norm().item()
+    assert moved["fp16"] == pytest.approx(moved["off"], rel=0.05)
+
+
+def test_the_scaler_is_resumed(tmp_path):
+    run(without_norm().float(), config(tmp_path, amp="fp16"))
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    state["scaler"]["scale"] = 1024.0
+    torch.save(state, tmp_path / "checkpoint.pt")
+    run(without_norm().float(), config(tmp_path, amp="fp16", steps=4, resume=True))
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["scaler"]["scale"] == 1024
+
+
+def test_the_exported_encoder_is_saved(tmp_path):
+    method = make("byol")
+    method.export = "target"
+    run(method, config(tmp_path, keep_every=3))
+    for name in ("encoder.pt", "encoder-3.pt"):
+        saved = torch.load(tmp_path / name, weights_only=True)["conv1.weight"]
+        assert torch.equal(saved, method.target_encoder.conv1.weight) and not torch.equal(saved, method.encoder.conv1.weight)
+
+
+def test_after_step_meets_the_new_weights():
+    class Watches(Reconstruct):
+        def after_step(self, outs, progress):
+            self.met = self.encoder.conv.weight.detach().clone()
+    method = Watches(Plain())
+    start = method.encoder.conv.weight.detach().clone()
+    run(method, config(steps=1))
+    assert torch.equal(method.met, method.encoder.conv.weight) and not torch.equal(method.met, start)
+
+
+def test_views_are_drawn_from_the_seed_step_and_part():
+    class Draws(Reconstruct):
+        def views(self, images):
+            self.seen.append(torch.rand(()).item())
+            return (images,)
+    drawn = []
+    for seed in (0, 1):
+        method = Draws(Plain())
+        run(method, config(seed=seed, accum=2))
+        drawn += method.seen
+    assert len(set(drawn)) == 12

@@ -347,3 +347,21 @@ def test_swav_queue_wraps_and_joins_the_codes_once_it_is_full():
     slots = torch.arange(seen.shape[1])[-7:]
     torch.testing.assert_close(method.queue[:, slots % 7], seen[:, -7:])
     assert method.queued == 20
+
+
+@pytest.mark.parametrize("method, loss", ((SimCLR, lambda a, b: nt_xent(a, b, 0.3)),
+                                          (DCL, lambda a, b: (decoupled_loss(a, b, 0.3) + decoupled_loss(b, a, 0.3)) / 2)))
+def test_both_views_get_the_gradient_of_the_loss(method, loss):
+    z = rows(5, 4).requires_grad_(), rows(5, 4, seed=1).requires_grad_()
+    found, wanted = on_embeddings(method, 4, temperature=0.3)(*z)["loss"], loss(*z)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(torch.autograd.grad(found, z), torch.autograd.grad(wanted, z))
+
+
+def test_swav_each_view_has_its_own_queue():
+    method = on_embeddings(SwAV, 4, prototypes=5, queue_size=6)
+    method.queue.copy_(F.normalize(rows(2, 6, 4), dim=2))
+    method.queued.fill_(6)
+    z = F.normalize(rows(2, 3, 4, seed=1).float(), dim=2)
+    codes = [sinkhorn(torch.cat([z[v], method.queue[v]]) @ method.prototypes.T, 0.05, 3)[:3] for v in (0, 1)]
+    torch.testing.assert_close(method(*z)["loss"], swapped_loss(z @ method.prototypes.T, torch.stack(codes), 0.1))

@@ -255,3 +255,18 @@ def test_slow_networks_follow():
         for parameter, value in zip(slow.parameters(), values):
             torch.testing.assert_close(parameter.data, value.data)
             assert not parameter.requires_grad
+
+
+def test_the_local_term_compares_the_same_anatomy():
+    """Over views with any geometry: by hand, from the map that was chosen, on the regions that both views show; and the encoder learns from it."""
+    model, images, seeds = method(bn_chunks=2, size=64).eval(), batch(17), iter((1, 2))
+    model.augment = lambda images, geometry: affine_views(images, next(seeds))
+    views = x1, x2, _, _, points1, points2, valid = model.views(images)
+    theta1, theta2 = affine_views(images, 1)[1], affine_views(images, 2)[1]
+    torch.testing.assert_close(*(p @ theta[:, :, :2].mT + theta[:, None, :, 2] for p, theta in ((points1, theta1), (points2, theta2))))
+    u, v = (F.normalize(model.local_projector(pool_regions(model.encoder.features(x)[1], points, 20, 8, (64, 64))), dim=2)
+            for x, points in ((x1, points1), (x2, points2)))
+    local = model(*views)["local"]
+    assert 0.2 < valid.float().mean() < 1
+    torch.testing.assert_close(local, region_nce(u, v, 0.2, valid))
+    assert torch.autograd.grad(local, model.encoder.conv1.weight)[0].abs().max() > 0

@@ -339,3 +339,12 @@ def test_together_refuses_what_does_not_add_up():
         Together(encoder, plain, {"rotation": rotation}, {"swav": 2.0})
     with pytest.raises(ValueError, match="no parts"):
         Together(encoder, plain, {})
+
+
+@pytest.mark.parametrize("method", [Relative, Jigsaw, Rubik])
+def test_each_image_is_judged_by_its_own_tiles(method):
+    torch.manual_seed(0)
+    model = method(tiny_encoder(), plain).eval()
+    views = model.views(batch(4) * torch.linspace(0.1, 8, 4).view(-1, 1, 1, 1))         # unlike each other
+    alone = [model(*(view[i:i + 1] for view in views))["loss"] for i in range(4)]
+    torch.testing.assert_close(model(*views)["loss"], sum(alone) / 4)

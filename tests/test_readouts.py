@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from medssl.common import augment, feed, loop, metrics, readouts, subsets
@@ -243,3 +244,29 @@ def test_the_rare_class_is_made_rarer():
     assert target.rare == 2 and set(drawn[1000]) < set(drawn[10]) < set(drawn[1]) < set(drawn[None])
     few = target.training(groups, "0.2", 10, 0)
     assert set(few) < set(drawn[10]) and abs(len(few) - 42) <= 3
+
+
+def test_the_linear_probe_standardises_over_training_rows_alone():
+    features = torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
+    labels, other = np.arange(60) % 2, features.clone()
+    other[40:] = 100 * other[40:] + 7                                       # what happens in test rows is not seen
+    shares = [readouts.linear_probe(x, labels, np.arange(20), np.arange(20, 40), 2)[0](np.arange(40)) for x in (features, other)]
+    assert np.array_equal(*shares)
+
+
+def test_class_weights_reach_the_losses():
+    weights, images, labels, masks = torch.tensor([1.0, 5.0]), batch(6, 1, 32), torch.tensor([0, 1, 1, 0, 0, 0]), torch.zeros(6, 32, 32).long()
+    masks[:, :, 16:] = 1
+    encoder = tiny_encoder()
+    segmenter = readouts.Segmenter(encoder, None, readouts.LinearHead(encoder.widths, encoder.strides, 2), 2, "ce", weights)
+    for method, truth in ((readouts.Classifier(tiny_encoder(), None, 2, weights), labels), (segmenter, masks)):
+        method.eval()
+        torch.testing.assert_close(method(images, truth)["loss"], F.cross_entropy(method.logits(images), truth, weights))
+
+
+def test_validation_patients_taken_from_training_are_not_learned_from():
+    groups, splits = np.arange(80) // 4, np.repeat(["train", "test"], [60, 20])
+    data = Dataset("", np.zeros((80, 1, 2, 2), np.uint8), np.arange(80) % 2, ("a", "b"), groups=groups, splits=splits)
+    rows = subsets.find_target(data, groups, "labels", lambda line: None).rows
+    assert len(rows["val"]) == 8 and sorted([*rows["train"], *rows["val"]]) == list(range(60))
+    assert not set(groups[rows["train"]]) & set(groups[rows["val"]])

@@ -351,3 +351,27 @@ def test_genesis_and_pcrl_paint_alike():
         ours = getattr(genesis, function)(batch(4))
         torch.manual_seed(9)
         assert torch.equal(ours, getattr(pcrl, function)(batch(4)))
+
+
+def test_pcrl_restores_each_view_as_it_was_before_painting():
+    torch.manual_seed(0)
+    x1, x2, target1, target2, code, _, _ = pcrl_method(augment.build("ct", 32), paint=0).views(batch(8))
+    assert torch.equal(undo(target1, code), x1) and torch.equal(undo(target2, code), x2) and not torch.equal(x1, x2)
+
+
+def test_pcrl_key_chunks_have_their_own_statistics():
+    method, x, order = pcrl_method(bn_chunks=2).train(), batch(17), torch.randperm(17)
+    chunk = order.tensor_split(2)[0]
+    disturbed = x.clone()
+    disturbed[chunk[:1]] = x[chunk[:1]].flip(3)
+    moved = (method.encode_keys(x, order)[-1] - method.encode_keys(disturbed, order)[-1]).abs().amax((1, 2, 3)) > 1e-6
+    assert sorted(moved.nonzero().flatten().tolist()) == sorted(chunk.tolist())
+
+
+def test_genesis_distortions_follow_each_other(monkeypatch):
+    monkeypatch.setattr(genesis, "local_shuffle", lambda x: x.flip(3))
+    monkeypatch.setattr(genesis, "bezier_map", lambda x: 1 - x)
+    for name in ("in_paint", "out_paint"):
+        monkeypatch.setattr(genesis, name, lambda x: x / 2)
+    distorted, target = Genesis(None, plain, None, shuffle=1, intensity=1, paint=1).views(batch(4))
+    assert torch.equal(distorted, (1 - target.flip(3)) / 2) and torch.equal(target, batch(4))
