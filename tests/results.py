@@ -22,7 +22,7 @@ from medssl.common import metrics                                           # no
 
 CONTRASTIVE = ("simclr", "dcl", "simsiam", "byol", "vicreg", "swav", "moco", "medmoco")
 ALL = (*CONTRASTIVE, "spark", "rotation", "relative", "jigsaw", "autoencoder", "genesis", "rubik", "pcrl")
-BASE = "--encoder tiny --size 64 --batch 64 --optimizer adamw --lr 1e-3 --weight-decay 0.01 --log-every 125 --device cpu"
+BASE = "--encoder tiny --batch 64 --optimizer adamw --lr 1e-3 --weight-decay 0.01 --log-every 125 --device cpu"
 QUEUE = "--set queue_size=128 momentum=0.9"
 SMALL = {                          # what a method needs in a short run on small images; all else is the same for all
     "simclr": "--views contrastive --set temperature=0.2", "vicreg": "--set dim=512 hidden=512", "simsiam": "--set hidden=512 dim=256", "byol": "--set momentum=0.9",
@@ -44,7 +44,7 @@ class Study:
 
     def train(self, name, method, steps, seed=0, data=None, words=""):
         """Adds a run: BASE, what the method needs, then this study's own words, the last of which win."""
-        command = f"train.py --method {method} --data {data or self.data} --seed {seed} --steps {steps} {BASE} {SMALL.get(method, '')} {words}"
+        command = f"train.py --method {method} --data {data or self.data} --seed {seed} --steps {steps} --size {self.args.size} {BASE} {SMALL.get(method, '')} {words}"
         if not (self.out / name / "encoder.pt").exists():
             self.waiting.append((f"{command} --out {self.out / name}".split(), self.out / f"{name}.log"))
         return name
@@ -84,6 +84,7 @@ def two_minutes(study):
     study.work()
     study.each(runs, "--task knn linear segment collapse --steps 100 --seeds 1")
     study.each(runs, "--task linear finetune --labels 0.05 0.1 1.0 --steps 80 --batch 32 --loss balanced --seeds 2")
+    study.evaluate("labels", [f"{m}-0" for m in steps], "--task finetune --labels 0.05 0.1 0.3 1.0 --steps 80 --batch 32 --loss balanced --seeds 3")
 
 
 def equal_time(study):
@@ -212,6 +213,7 @@ def main():
     parser.add_argument("--out", required=True)
     parser.add_argument("--data", help="folder of a real set (default: phantoms)")
     parser.add_argument("--views", help="of the contrastive methods on that set (default: their RECIPEs')")
+    parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--steps", type=int, help="of pretraining (default: the study's)")
     parser.add_argument("--seconds", type=float, default=60, help="of pretraining, in equal_time")
