@@ -28,8 +28,8 @@ from medssl import METHODS
 from medssl.common import augment, cli, data, encoders, feed, files, loop, metrics, optim, plots, readouts, unet
 
 # On the built-in set these stand in for a method's RECIPE: small, and about two minutes on two CPU cores.
-PHANTOM_PRESET = {"encoder": "tiny", "size": 64, "batch": 64, "steps": 800, "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.01, "warmup": 2,
-                  "settings": {"queue_size": 128, "momentum": 0.9, "width": 64, "prototypes": 100, "freeze": 40}}
+PHANTOM_PRESET = {"encoder": "tiny", "size": 64, "batch": 64, "steps": 1000, "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.01, "warmup": 2,
+                  "settings": {"queue_size": 128, "momentum": 0.9, "width": 64, "prototypes": 20, "freeze": 0, "crops": 2, "epsilon": 0.03}}
 FILLED = ("encoder", "augment", "decoder", "small", "channels", "size", "parts", "weights")     # arguments that are filled in here, not with --set
 
 
