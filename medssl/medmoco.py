@@ -164,7 +164,7 @@ class InverseRoot(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, covariance, eps):
-        # eigh waits for the GPU, nothing else in this file does; it refuses nan, which reaches the loss through x
+        # eigh waits for the GPU, nothing else here does; it refuses nan, which still reaches the loss through x
         values, vectors = torch.linalg.eigh(covariance.nan_to_num())
         root = (values.clamp(min=0) + eps).sqrt()
         ctx.save_for_backward(root, vectors)

@@ -24,7 +24,7 @@ The algorithm.
 Keys are encoded in shuffled order, in chunks with BatchNorm statistics of their own, as in MoCo. "chance" is Eq. 8 for
 a network that knows nothing: ln(K + 1), K the queue's length, and for each restoration the error of painting every
 picture evenly, in its mean. The contrast may reach 9.7 and the restorations are below 0.1, so look at them one by one.
-In short runs (250 steps, small network, 64 pixels) the decoder hardly follows c: the contrast is learnt first.
+In short runs (250 steps, small network, 64 pixels) the decoder hardly follows c: the contrast outweighs it.
 
 Shapes. images (B, C, H, W) -> views x1, x2 and targets R(a), R(b) (B, C, h, h), codes c (B, 6), alpha (B,), order (B,)
 -> maps (B, widths[i], h / strides[i], ...) -> unit q, k, p (B, D) and three pictures (B, C, h, h) -> one number.

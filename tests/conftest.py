@@ -21,8 +21,7 @@ def pytest_collection_finish(session):
     context = processes()
     gc.collect()
     gc.freeze()                                                             # modules are no garbage: they need not be searched for it again
-    xdist = hasattr(session.config, "workerinput")                          # which has processes enough
-    if len(session.items) >= MANY and not session.config.option.collectonly and not xdist:
+    if len(session.items) >= MANY and not session.config.option.collectonly:
         session.pool = ProcessPoolExecutor(1, context, initializer=quiet)
         for item in session.items:
             if item.get_closest_marker("beside"):

@@ -17,10 +17,8 @@ from torch import nn
 
 import train
 
-from medssl.common import augment, encoders, feed, loop, optim
-from medssl.moco import MoCo
+from medssl.common import augment, feed, loop, optim
 from medssl.rotation import Rotation
-from medssl.simclr import SimCLR
 from tests.common import batch, tiny_encoder
 from tests.test_contract import NAMES, make, no_autocast  # noqa: F401
 from tests.two_process import run_processes
