@@ -21,8 +21,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from medssl.common import cli, data, encoders, files, fits, loop, readouts, report, subsets
-from medssl.common.fits import CHOSEN, TARGET, TASKS, TRAINED, Condition, Model, Study
+from medssl.common import cli, data, encoders, files, loop
+from medssl.common.errors import UserError
+from medssl.common.evaluation import fits, readouts, report, subsets
+from medssl.common.evaluation.fits import CHOSEN, TARGET, TASKS, TRAINED, Condition, Model, Study
 
 STRENGTHS = [f"S{i}" for i in range(7)]
 
@@ -129,11 +131,11 @@ def choose_tasks(study):
     for task in args.task:
         if task in TARGET and getattr(dataset, TARGET[task]) is None:
             able = [t for t in TASKS if t not in TARGET or getattr(dataset, TARGET[t]) is not None]
-            raise ValueError(f"--task {task}: {dataset.name} has no {TARGET[task]}; it can be looked at with {', '.join(able)}")
+            raise UserError(f"--task {task}: {dataset.name} has no {TARGET[task]}; it can be looked at with {', '.join(able)}")
     if args.imbalance != [None] and not any(TARGET.get(task) == "labels" for task in args.task):
-        raise ValueError(f"--imbalance thins a class of the labels; --task {' '.join(args.task)} does not use them")
+        raise UserError(f"--imbalance thins a class of the labels; --task {' '.join(args.task)} does not use them")
     if args.loss in ("dice", "jaccard") and not {"segment", "unet"} & set(args.task):
-        raise ValueError(f"--loss {args.loss} is for masks; --task {' '.join(args.task)} takes ce or balanced")
+        raise UserError(f"--loss {args.loss} is for masks; --task {' '.join(args.task)} takes ce or balanced")
     return list(dict.fromkeys(args.task))
 
 
@@ -150,10 +152,10 @@ def choose_folder(args, study):
     stem = f"results/{study.models[-1].name if args.runs else 'random'}-{study.dataset.name}"
     out = Path(args.out) if args.out else next(p for p in (Path(stem if i == 1 else f"{stem}-{i}") for i in range(1, 10_000)) if not p.exists())
     if (out / "results.json").exists():
-        raise ValueError(f"--out {out}: holds results already; choose another")
+        raise UserError(f"--out {out}: holds results already; choose another")
     there = next(p for p in (out, *out.absolute().parents) if p.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise ValueError(f"--out {out}: {there} is not a folder that can be written to")
+        raise UserError(f"--out {out}: {there} is not a folder that can be written to")
     return out
 
 
@@ -164,7 +166,7 @@ def describe(path, args):
     path = Path(path)
     file, folder = (path / "encoder.pt", path) if path.is_dir() else (path, path.parent)
     if path.is_dir() and not file.is_file():
-        raise ValueError(f"{path}: holds no encoder.pt: neither a run nor a file of weights")
+        raise UserError(f"{path}: holds no encoder.pt: neither a run nor a file of weights")
     state = files.load_torch(file)
     step = re.fullmatch(r"encoder-(\d+)", file.stem)
     name = folder.resolve().name if file.stem.startswith("encoder") else file.stem
@@ -176,7 +178,7 @@ def describe(path, args):
         _ = [config["arguments"][key] for key in ("data", "label")] + [config["data"][key] for key in ("channels", "size")]
         return Model(name, config["encoder"]["name"], config["encoder"]["stem"], file, config, int(step[1]) if step else None)
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{folder / 'config.json'}: damaged; leave it away and the file is taken as bare weights") from None
+        raise UserError(f"{folder / 'config.json'}: damaged; leave it away and the file is taken as bare weights") from None
 
 
 def guess(state, args, file):
@@ -190,8 +192,8 @@ def guess(state, args, file):
             except ValueError as error:
                 why = str(error).removeprefix("the state dict: ")
     if args.encoder:
-        raise ValueError(f"{file}: {why}")
-    raise ValueError(f"{file}: its keys and shapes are those of none of {', '.join(encoders.ENCODERS)}")
+        raise UserError(f"{file}: {why}")
+    raise UserError(f"{file}: its keys and shapes are those of none of {', '.join(encoders.ENCODERS)}")
 
 
 def load_encoder(model, dataset, device):
@@ -201,12 +203,12 @@ def load_encoder(model, dataset, device):
         about = json.loads(beside.read_text()) if beside.is_file() else {}
         values = [[float(v) for v in about.get(key) or getattr(dataset, key)] for key in ("mean", "std")]
     except (ValueError, TypeError, AttributeError):
-        raise ValueError(f"{beside}: damaged; it should hold the lists mean and std") from None
+        raise UserError(f"{beside}: damaged; it should hold the lists mean and std") from None
     values = [v if len(v) == channels else [sum(v) / len(v)] * channels for v in values]
     network = encoders.build(model.encoder, channels, model.stem, *values)
     encoders.load(model.file, network)
     if not all(v.isfinite().all() for v in network.state_dict().values()):
-        raise ValueError(f"{model.file}: holds weights that are not finite")
+        raise UserError(f"{model.file}: holds weights that are not finite")
     return network.to(device, memory_format=torch.channels_last)
 
 
@@ -217,7 +219,7 @@ def open_study(args, models, device):
     made = run.config["data"] | run.config["arguments"] if run else {"data": None, "label": "label"}
     path = args.data or made["data"]
     if path is None:
-        raise ValueError("--data FOLDER: no run says which images to look at" if models else "name a run, a file of weights, or --data FOLDER")
+        raise UserError("--data FOLDER: no run says which images to look at" if models else "name a run, a file of weights, or --data FOLDER")
     label = args.label or (made["label"] if made["data"] in (path, str(Path(path).resolve())) else "label")
     size, channels = args.size or (run and run.config["data"]["size"]), args.channels or (run and run.config["data"]["channels"])
     dataset = data.load(path, size, channels, label, args.cache)

@@ -25,7 +25,8 @@ import torch
 from tqdm import tqdm
 
 from medssl import METHODS
-from medssl.common import augment, cli, data, encoders, feed, files, loop, metrics, optim, plots, readouts, unet
+from medssl.common import augment, cli, data, encoders, feed, features, files, loop, metrics, optim, plots, unet
+from medssl.common.errors import UserError
 
 # On the built-in set these stand in for a method's RECIPE: small, and about two minutes on two CPU cores.
 PHANTOM_PRESET = {"encoder": "tiny", "size": 64, "batch": 64, "steps": 1000, "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.01, "warmup": 2,
@@ -43,7 +44,7 @@ def main(argv=None):
     for name in names:
         cli.one_of(name, [n for n in METHODS if n != "together"], "method")
     if len(set(names)) < len(names):
-        raise ValueError(f"--method {args.method}: no part may stand twice")
+        raise UserError(f"--method {args.method}: no part may stand twice")
     plan = settle(args, names[0])
     out = choose_folder(args, names, world)
 
@@ -152,11 +153,11 @@ def resumed(args):
     """The arguments of the run that is gone on with."""
     folder = Path(args.out)
     if not (folder / "checkpoint.pt").is_file():
-        raise ValueError(f"--resume --out {args.out}: there is no checkpoint.pt")
+        raise UserError(f"--resume --out {args.out}: there is no checkpoint.pt")
     try:
         stored = json.loads((folder / "config.json").read_text())["arguments"]
     except (OSError, ValueError, KeyError):
-        raise ValueError(f"{folder / 'config.json'}: missing or damaged; a run is resumed from its checkpoint.pt and config.json") from None
+        raise UserError(f"{folder / 'config.json'}: missing or damaged; a run is resumed from its checkpoint.pt and config.json") from None
     vars(args).update({k: v for k, v in stored.items() if k not in ("out", "resume") and not (k == "device" and args.device != "auto")})
     return args
 
@@ -186,7 +187,7 @@ def settle(args, name):
 def configure(args, plan, count, out, world=1):
     """Epochs (also those of the warm-up) become steps, the rate per 256 images becomes the rate that is applied."""
     if plan["batch"] % (args.accum * world):
-        raise ValueError(f"--batch {plan['batch']} must divide by --accum {args.accum} x {world} processes")
+        raise UserError(f"--batch {plan['batch']} must divide by --accum {args.accum} x {world} processes")
     per_epoch = max(1, count // plan["batch"])
     steps = plan["steps"] or max(1, round(plan["epochs"] * per_epoch))
     warmup = min(round(plan["warmup"] * per_epoch), steps // 10)            # a short run keeps the recipe's share of a long one
@@ -204,15 +205,15 @@ def choose_folder(args, names, world):
     if args.out:
         out = Path(args.out)
         if not args.resume and (out / "checkpoint.pt").exists():
-            raise ValueError(f"--out {out}: holds a run already; --resume goes on with it, another --out starts afresh")
+            raise UserError(f"--out {out}: holds a run already; --resume goes on with it, another --out starts afresh")
     else:
         stem = f"runs/{'+'.join(names)}-{Path(args.data).stem or 'data'}"
         out = next(p for p in (Path(stem if i == 1 else f"{stem}-{i}") for i in range(1, 10_000)) if not p.exists())
         if world > 1:
-            raise ValueError(f"with several processes say where to: --out {out}")
+            raise UserError(f"with several processes say where to: --out {out}")
     there = next(p for p in (out, *out.absolute().parents) if p.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise ValueError(f"--out {out}: {there} is not a folder that can be written to")
+        raise UserError(f"--out {out}: {there} is not a folder that can be written to")
     return out
 
 
@@ -238,10 +239,10 @@ def build(names, encoder, size, channels, plan, args):
             cli.check_settings(decoder, inspect.signature(unet.Decoder), ("widths", "strides", "channels"), "decoder")
             words["decoder"] = unet.Decoder(encoder.widths, encoder.strides, channels, **decoder)
         elif decoder:
-            raise ValueError(f"--set decoder.{next(iter(decoder))}: {name} has no decoder")
+            raise UserError(f"--set decoder.{next(iter(decoder))}: {name} has no decoder")
         parts[name] = cls(encoder, augment.build(view, size), **words)
     if settings:
-        raise ValueError(f"--set {next(iter(settings))}: with several methods write PART.NAME=VALUE, the parts are {', '.join(names)}")
+        raise UserError(f"--set {next(iter(settings))}: with several methods write PART.NAME=VALUE, the parts are {', '.join(names)}")
     return parts[names[0]] if len(names) == 1 else METHODS["together"](encoder, None, parts, weights)
 
 
@@ -287,21 +288,21 @@ class Monitor:
         self.start = self.knn(first)
 
     def features(self, encoder, rows):
-        return readouts.extract(encoder, self.dataset.images, rows, self.device)
+        return features.extract(encoder, self.dataset.images, rows, self.device)
 
     def knn(self, encoder):
         """Balanced accuracy on the validation patients."""
         if not self.scored:
             return None
-        votes = readouts.knn(self.features(encoder, self.train), self.dataset.labels[self.train], self.features(encoder, self.val))
+        votes = features.knn(self.features(encoder, self.train), self.dataset.labels[self.train], self.features(encoder, self.val))
         return metrics.balanced_accuracy(self.dataset.labels[self.val], votes.argmax(1))
 
     @torch.no_grad()
     def look(self, method):
         encoder = getattr(method, "exported", method.encoder)
-        features = self.features(encoder, self.fixed)
-        self.spectra["end"] = metrics.spectrum(features)
-        self.latest = {"rank_me": float(metrics.rank_me(features))}
+        seen = self.features(encoder, self.fixed)
+        self.spectra["end"] = metrics.spectrum(seen)
+        self.latest = {"rank_me": float(metrics.rank_me(seen))}
         if self.scored:
             self.latest["knn"] = float(self.knn(encoder))
         out = self.try_out(method)[1]

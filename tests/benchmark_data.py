@@ -23,6 +23,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from medssl.common import data  # noqa: E402
+from medssl.common.data import decode  # noqa: E402
 
 SIZE = 128
 
@@ -45,7 +46,7 @@ def plain_loop(files, chunk):
         for row in range(first, min(first + chunk, len(files))):
             with Image.open(files[row]) as picture:
                 images[row] = picture
-    with ThreadPoolExecutor(data.workers()) as pool:
+    with ThreadPoolExecutor(decode.workers()) as pool:
         list(pool.map(decode, range(0, len(files), chunk)))
 
 
@@ -83,7 +84,7 @@ def main(count):
         for folder, number in (few, count // 10), (many, count):
             for label in range(10):
                 (folder / str(label)).mkdir(parents=True)
-            with ThreadPoolExecutor(data.workers()) as pool:
+            with ThreadPoolExecutor(decode.workers()) as pool:
                 list(pool.map(lambda first: make(folder, range(first, number, 16)), range(16)))
         files = sorted(map(str, few.rglob("*.png")))
         speeds = []                                                         # in turn: other programs may interfere
@@ -97,7 +98,7 @@ def main(count):
                 speeds[-1].append(len(files) / (time.perf_counter() - start))
         ours, single, chunked = np.median(speeds, 0)
         print(f"decoding   {ours:.0f} images/s; plain loop {single:.0f} ({ours / single:.2f} times), in chunks of 32 "
-              f"{chunked:.0f} ({ours / chunked:.2f} times); {data.workers()} threads, medians of 5")
+              f"{chunked:.0f} ({ours / chunked:.2f} times); {decode.workers()} threads, medians of 5")
         for folder in few, many:
             first, second = opened(folder, root / "cache"), opened(folder, root / "cache")
             print(f"opening    {second['count']} images in {second['seconds']:.2f} s from the cache, "

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import train                                                                # noqa: E402
-from medssl.common import encoders, feed, loop, metrics, phantoms           # noqa: E402
+from medssl.common import encoders, feed, loop, metrics                      # noqa: E402
+from medssl.common.data import phantoms                                     # noqa: E402
 
 SIZE, BATCH = 64, 32
 # method: (steps, words of its constructor, what is measured, whether it has to be above or below, the level)

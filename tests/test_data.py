@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medssl.common import data, prepare, readers, sources
+from medssl.common import data
+from medssl.common.data import decode, prepare, readers, sources
 
 SHARED = Path(__file__).parents[2] / "shared/data"
 
@@ -118,7 +119,7 @@ def test_arrays(tmp_path):
 
 
 def test_phantoms(monkeypatch):
-    phantoms = pytest.importorskip("medssl.common.phantoms")
+    phantoms = pytest.importorskip("medssl.common.data.phantoms")
     made = []
 
     def make(size):
@@ -220,8 +221,8 @@ def test_refused_images(tmp_path):
 def test_cache_follows_the_files(tmp_path, monkeypatch):
     for n in range(3):
         save(tmp_path / f"set/{n}.png", pixels(n))
-    builds, build = [], data.build
-    monkeypatch.setattr(data, "build", lambda *words: builds.append(1) or build(*words))
+    builds, build = [], decode.build
+    monkeypatch.setattr(decode, "build", lambda *words: builds.append(1) or build(*words))
     first = data.load(tmp_path / "set")
     monkeypatch.chdir(tmp_path)
     data.load("set", label="label")
@@ -242,8 +243,8 @@ def test_cache_follows_the_files(tmp_path, monkeypatch):
 
 def test_one_builds_the_others_wait(tmp_path, monkeypatch):
     save(tmp_path / "set/1.png", pixels(0))
-    builds, build = [], data.build
-    monkeypatch.setattr(data, "build", lambda *words: (builds.append(1), time.sleep(0.3), build(*words)))
+    builds, build = [], decode.build
+    monkeypatch.setattr(decode, "build", lambda *words: (builds.append(1), time.sleep(0.3), build(*words)))
     threads = [threading.Thread(target=data.load, args=(tmp_path / "set",)) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -259,7 +260,7 @@ def test_a_lock_left_behind_is_broken(tmp_path, monkeypatch):
     os.utime(tmp_path / "set/1.png", (1, 1))
     (tmp_path / f"cache/{stem}.lock").touch()
     (tmp_path / f"cache/{stem}-123.part").mkdir()
-    monkeypatch.setattr(data, "STALE", 0.3)
+    monkeypatch.setattr(decode, "STALE", 0.3)
     assert len(data.load(tmp_path / "set")) == 1 and len(list((tmp_path / "cache").iterdir())) == 1
 
 

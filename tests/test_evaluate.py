@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 import evaluate
-from medssl.common import cli, encoders, fits, metrics, readouts, report, subsets
+from medssl.common import cli, encoders, metrics
+from medssl.common.evaluation import fits, readouts, report, subsets
 from tests.common import batch
 
 FAST = ["--steps", "3", "--batch", "16", "--seeds", "2", "--device", "cpu"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from medssl.common import phantoms
+from medssl.common.data import phantoms
 from tests import learning
 from tests.common import tiny_encoder
 

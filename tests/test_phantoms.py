@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from medssl.common import phantoms
+from medssl.common.data import phantoms
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medssl.common import readers
+from medssl.common.data import readers
 
 FORMATS = pathlib.Path(__file__).parents[2] / "shared/data/formats"         # more files, where they are at hand
 GREY = (np.arange(6 * 5).reshape(6, 5) * 8).astype(np.uint8)

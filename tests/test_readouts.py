@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from medssl.common import augment, feed, loop, metrics, readouts, subsets
+from medssl.common import augment, feed, loop, metrics
+from medssl.common.evaluation import readouts, subsets
+from medssl.common.features import extract, knn
 from medssl.common.data import Dataset
 from tests.common import batch, tiny_encoder
 
@@ -33,12 +35,12 @@ def test_knn_is_brute_force():
     generator = torch.Generator().manual_seed(0)
     known, asked = (torch.randn(n, 5, generator=generator, dtype=torch.float64) for n in (30, 7))
     labels = torch.randint(4, (30,), generator=generator).numpy()
-    shares = readouts.knn(known, labels, asked, k=9, temperature=0.2)
+    shares = knn(known, labels, asked, k=9, temperature=0.2)
     for row, share in zip(asked, shares):
         similar = sorted(((torch.dot(row, x) / row.norm() / x.norm()).item(), c) for x, c in zip(known, labels))[-9:]
         votes = [sum(math.exp(s / 0.2) for s, c in similar if c == kind) for kind in range(4)]
         np.testing.assert_allclose(share, np.array(votes) / sum(votes), rtol=1e-10)
-    assert readouts.knn(known[:3], labels[:3], asked).sum(1) == pytest.approx(1)                             # fewer than k
+    assert knn(known[:3], labels[:3], asked).sum(1) == pytest.approx(1)                             # fewer than k
 
 
 def test_logistic_regression_by_hand():
@@ -78,9 +80,9 @@ def test_linear_probe_chooses_on_validation(monkeypatch):
 def test_extraction_changes_nothing():
     encoder, data = tiny_encoder().train(), pictures()
     before = readouts.fingerprint(encoder)
-    features = readouts.extract(encoder, data.images, np.arange(24), torch.device("cpu"), size=10)
+    features = extract(encoder, data.images, np.arange(24), torch.device("cpu"), size=10)
     assert encoder.training and readouts.fingerprint(encoder) == before and features.shape == (24, encoder.dim)
-    whole = readouts.extract(encoder, data.images, np.arange(24), torch.device("cpu"))
+    whole = extract(encoder, data.images, np.arange(24), torch.device("cpu"))
     torch.testing.assert_close(features, whole)                             # in evaluation mode the batch does not matter
     encoder.bn1.running_mean += 1e-3
     assert readouts.fingerprint(encoder) != before

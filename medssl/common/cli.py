@@ -11,6 +11,8 @@ import threading
 import torch
 import torch.distributed as dist
 
+from .errors import UserError
+
 
 class Parser(argparse.ArgumentParser):
     """argparse with an error of one line instead of the whole usage."""
@@ -42,7 +44,7 @@ def run(main):
     """Exit status 0; or 2 after one line where the user can mend something; or 130 after a second Ctrl-C."""
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         text = " ".join(str(error).split())
         sys.exit(complain(text, 2))
     except KeyboardInterrupt:
@@ -60,7 +62,7 @@ def one_of(name, names, what):
         return name
     near = difflib.get_close_matches(name, list(names), 1)
     hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
-    raise ValueError(f"unknown {what} '{name}'; {hint}")
+    raise UserError(f"unknown {what} '{name}'; {hint}")
 
 
 def read_settings(pairs):
@@ -69,7 +71,7 @@ def read_settings(pairs):
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not name:
-            raise ValueError(f"--set {pair}: write name=value")
+            raise UserError(f"--set {pair}: write name=value")
         try:
             settings[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
@@ -88,7 +90,7 @@ def check_settings(settings, signature, reserved, what):
                 else isinstance(value, (int, float)) and not isinstance(value, bool) if number
                 else True)
         if not fits:
-            raise ValueError(f"--set {name}={value}: {what} takes {type(default).__name__} values there, for example {default}")
+            raise UserError(f"--set {name}={value}: {what} takes {type(default).__name__} values there, for example {default}")
 
 
 class StopSignal:

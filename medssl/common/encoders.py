@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from . import files
+from .errors import UserError
 
 
 def conv(fan_in, fan_out, kernel, stride=1):
@@ -161,7 +162,7 @@ def fitting(source, encoder):
             source = source[inner]
     state, own = plain_keys(source), encoder.state_dict()
     if not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise ValueError(f"{name}: not a state dict of tensors")
+        raise UserError(f"{name}: not a state dict of tensors")
     if "conv1.weight" in state and "conv1.weight" in own:
         state["conv1.weight"] = match_channels(state["conv1.weight"], own["conv1.weight"].shape[1], name)
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
@@ -170,7 +171,7 @@ def fitting(source, encoder):
     if missing or extra or wrong:
         parts = [f"{len(keys)} {what} (first: {keys[0]})"
                  for keys, what in ((missing, "missing"), (extra, "unexpected"), (sorted(wrong), "of another shape")) if keys]
-        raise ValueError(f"{name}: does not fit this encoder: {', '.join(parts)}; choose the encoder and stem that it was made with")
+        raise UserError(f"{name}: does not fit this encoder: {', '.join(parts)}; choose the encoder and stem that it was made with")
     return state
 
 
@@ -182,4 +183,4 @@ def match_channels(weight, channels, name):
         return weight.sum(1, keepdim=True)                                  # the answer to a gray image repeated C times
     if weight.shape[1] == 1:
         return weight.repeat(1, channels, 1, 1) / channels
-    raise ValueError(f"{name}: its first layer takes {weight.shape[1]} channels, this encoder takes {channels}")
+    raise UserError(f"{name}: its first layer takes {weight.shape[1]} channels, this encoder takes {channels}")

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from .errors import UserError
+
 
 @contextmanager
 def whole(path):
@@ -38,13 +40,13 @@ def load_torch(path):
     """Tensors and plain containers only. A pickle can run any command when it is opened, so nothing else is accepted."""
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+        raise UserError(f"{path}: no such file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: refused, it is damaged or holds more than tensors and plain values ({type(error).__name__})") from None
+        raise UserError(f"{path}: refused, it is damaged or holds more than tensors and plain values ({type(error).__name__})") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: not a state dict")
+        raise UserError(f"{path}: not a state dict")
     return content
 
 

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import encoders, files, optim
 from .cli import StopSignal
+from .errors import UserError
 from .feed import Images, batch_order, make_views, mix
 
 
@@ -53,10 +54,10 @@ def fit(method, dataset, config, rows=None, weights=None, groups=None):
     next one goes into log.jsonl as well. Checkpoints are written after the yield."""
     rank, world, device = processes(config.device)
     if config.batch % (config.accum * world):
-        raise ValueError(f"--batch {config.batch} must divide by --accum {config.accum} x {world} processes")
+        raise UserError(f"--batch {config.batch} must divide by --accum {config.accum} x {world} processes")
     rows = np.arange(len(dataset.images)) if rows is None else np.asarray(rows)
     if not len(rows):
-        raise ValueError(f"{dataset.name}: no image to learn from")
+        raise UserError(f"{dataset.name}: no image to learn from")
     method.to(device, memory_format=torch.channels_last).train()    # channels last: 1.2 to 1.6 times faster convolutions on CPUs
     optimizer = optim.build(config.optimizer, groups or optim.parameter_groups(method, config.weight_decay), config.lr, config.options)
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
@@ -133,11 +134,11 @@ def processes(device):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: this torch sees no GPU")
+        raise UserError(f"--device {device}: this torch sees no GPU")
     try:
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device)
     except RuntimeError:
-        raise ValueError(f"--device {device}: there is no such device; cpu, cuda, cuda:1, ...") from None
+        raise UserError(f"--device {device}: there is no such device; cpu, cuda, cuda:1, ...") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
@@ -161,7 +162,7 @@ def to_floats(record, world, device):
 def stop_at(first_bad, config):
     if (step := first_bad.item()) >= 0:
         kept = f"; the last good checkpoint is in {config.out}" if config.out and (Path(config.out) / "checkpoint.pt").exists() else ""
-        raise ValueError(f"the loss is not finite since step {step + 1}: try a smaller --lr, --clip 1 or --amp bf16{kept}")
+        raise UserError(f"the loss is not finite since step {step + 1}: try a smaller --lr, --clip 1 or --amp bf16{kept}")
 
 
 def save(config, step, method, optimizer, scaler, rank):
@@ -169,7 +170,7 @@ def save(config, step, method, optimizer, scaler, rank):
     if not config.out or rank:
         return
     if not torch.stack([p.isfinite().all() for p in method.parameters()]).all():
-        raise ValueError(f"weights are not finite at step {step}: nothing was saved over the last good checkpoint")
+        raise UserError(f"weights are not finite at step {step}: nothing was saved over the last good checkpoint")
     files.save_torch(Path(config.out) / "checkpoint.pt", {
         "step": step, "config": asdict(config), "method": method.state_dict(), "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict()})
@@ -184,5 +185,5 @@ def restore(config, method, optimizer, scaler):
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
     except (RuntimeError, ValueError, KeyError):
-        raise ValueError(f"{path}: belongs to another method, encoder or optimiser than this run's") from None
+        raise UserError(f"{path}: belongs to another method, encoder or optimiser than this run's") from None
     return state["step"]

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ..errors import UserError
+
 
 @dataclass
 class Target:
@@ -49,7 +51,7 @@ def find_target(dataset, groups, kind, note):
     rows = {name: dataset.rows(name)[usable[dataset.rows(name)]] for name in ("train", "val", "test")}
     for name in ("train", "test"):
         if not len(rows[name]):
-            raise ValueError(f"{dataset.name}: no image of the {name} split has a {kind[:-1]}")
+            raise UserError(f"{dataset.name}: no image of the {name} split has a {kind[:-1]}")
     if not len(rows["val"]):
         order = in_order(rows["train"], groups[rows["train"]], strata[rows["train"]], 0)
         rows["val"] = beginning(order, groups[order], "0.15")
@@ -57,7 +59,7 @@ def find_target(dataset, groups, kind, note):
         note(f"{dataset.name} has no validation split with {kind}: {len(rows['val'])} training images are kept for it")
     seen = {name: set(np.flatnonzero(held[own].any(0)) if kind == "masks" else values[own]) for name, own in rows.items()}
     if len(seen["train"]) < 2:
-        raise ValueError(f"{dataset.name}: the training {kind} hold only one class ({classes[min(seen['train'])]}): there is nothing to tell apart")
+        raise UserError(f"{dataset.name}: the training {kind} hold only one class ({classes[min(seen['train'])]}): there is nothing to tell apart")
     for name in ("train", "test"):
         absent = [c for i, c in enumerate(classes) if i not in seen[name]]
         if absent:
@@ -95,7 +97,7 @@ def beginning(order, groups, amount):
     patients begun. groups: the patient of each row in this order."""
     if amount.endswith("n"):
         if int(amount[:-1]) > len(order):
-            raise ValueError(f"--labels {amount}: there are {len(order)} labelled training images")
+            raise UserError(f"--labels {amount}: there are {len(order)} labelled training images")
         return order[:int(amount[:-1])]
     ends = np.append(np.flatnonzero(groups[1:] != groups[:-1]) + 1, len(order))
     return order[:ends[np.abs(ends - float(amount) * len(order)).argmin()]]

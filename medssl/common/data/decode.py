@@ -1,7 +1,4 @@
-"""A set of images, opened as one array with labels, masks, patients and splits.
-
-    dataset = load("phantoms")          the built-in set
-    dataset = load(path, size=96)       a folder, split.csv, .npz, .npy or prepared folder, see sources.py
+"""From the files of a set to one array.
 
 Every image is decoded once, by several threads, into a folder of the cache: images.npy (opened as a memory map, so
 that the set may be larger than the memory), masks.npy, and rows.npz with a hash, the original shape and the moments
@@ -14,8 +11,6 @@ all are equal and square, else the median longer side rounded to a multiple of 3
 longer side to `size` and adds black (class 0 in masks) to the shorter one, "crop" cuts out the central square first,
 "squash" ignores the aspect. Masks take the same way, with the nearest pixel's value.
 """
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -24,63 +19,29 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from medssl.common.sources import NO_MASK, PREPARED, UNPACKED, find
+from ..errors import UserError
+from .dataset import LEARNT_FROM, SAME_IMAGE, Dataset, moments, numbered, pooled, refuse_leaks
+from .sources import NO_MASK, PREPARED, UNPACKED
 
-LEARNT_FROM = ("train", "unlabeled")
 SAMPLE = 64                                                             # images that size, channels, type are chosen by
 CHUNK = 2 ** 20                                                             # pixels that a thread decodes in one go
 STALE = 30                                                                  # seconds without a sign of life from a lock
 
 
-@dataclass
-class Dataset:
-    name: str
-    images: np.ndarray                                                     # (N, C, H, W) uint8, uint16; maybe np.memmap
-    labels: np.ndarray | None = None                                        # (N,) int64 class index, -1 = no label
-    classes: tuple[str, ...] = ()                                          # by index; without labels those of the masks
-    masks: np.ndarray | None = None                                       # (N, H, W) uint8 class; all 255 = has no mask
-    groups: np.ndarray | None = None                                        # (N,) int64 patient number
-    splits: np.ndarray | None = None                                        # (N,) str: train, val, test, unlabeled
-    mean: tuple = (0.0,)                                            # per channel, scaled to [0, 1], of rows learnt from
-    std: tuple = (1.0,)
-
-    def __len__(self):
-        return len(self.images)
-
-    def rows(self, *names):
-        """Row numbers of these splits; every row where the set has no splits."""
-        return np.arange(len(self)) if self.splits is None else np.flatnonzero(np.isin(self.splits, names))
-
-
-def load(path, size=None, channels=None, label="label", cache=None, fit="pad", group_by=None):
-    """The data set at `path`, or the built-in "phantoms", always the same patients. `label` names the column of
-    split.csv; `group_by` is a regular expression whose first bracket (or whole match) in the relative path is the
-    patient, or "parent" for the folder that a file lies in."""
-    if str(path) != "phantoms":
-        return load_rows(find(path, label, group_by), size, channels, cache, fit)[0]
-    from medssl.common import phantoms                                      # it imports Dataset from this file
-    dataset = phantoms.make(size=size or 96)
-    if channels == 3:
-        images = dataset.images.repeat(3, axis=1)                           # (N, 3, H, W)
-        return replace(dataset, images=images, mean=dataset.mean * 3, std=dataset.std * 3)
-    return dataset
-
-
 def load_rows(source, size=None, channels=None, cache=None, fit="pad"):
     """Dataset and what is known of each row: hashes (N,), shapes (N, 2) before fitting, moments (N, 2, C)."""
     if fit not in ("pad", "crop", "squash"):
-        raise ValueError(f"fit={fit}: choose pad, crop or squash")
+        raise UserError(f"fit={fit}: choose pad, crop or squash")
     if channels not in (None, 1, 3):
-        raise ValueError(f"channels={channels}: an image has 1 or 3")
+        raise UserError(f"channels={channels}: an image has 1 or 3")
     if size is not None and size < 1:
-        raise ValueError(f"size={size}: images need at least one pixel")
+        raise UserError(f"size={size}: images need at least one pixel")
     refuse_leaks(source, source.groups, "group {}")
     folder = Path(source.path)
     if source.kind != PREPARED or not as_asked(folder, size, channels):
@@ -110,71 +71,6 @@ def as_asked(folder, size, channels):
     return channels in (None, shape[1]) and size in (None, shape[2])
 
 
-def numbered(values):
-    """Index of each value among the sorted distinct ones (numbers by size, -1 for the empty string), and those."""
-    distinct = sorted(set(values) - {""})
-    if all(value.isdecimal() for value in distinct):
-        distinct.sort(key=int)
-    index = {value: number for number, value in enumerate(distinct)} | {"": -1}
-    return np.array([index[value] for value in values], dtype=np.int64), tuple(distinct)
-
-
-def refuse_leaks(source, keys, what, hint=""):
-    """Error when rows of two splits share a key ("" or 0 = no key). Train and unlabeled count as one: both are learnt
-    from. An .npz is a published set that can only be taken as it is: there it is a warning."""
-    first, leaks = {}, []
-    for row, (key, split) in enumerate(zip(keys or [], source.splits or [])):
-        other = source.splits[first.setdefault(key, row)]
-        if key and other != split and not {other, split} <= set(LEARNT_FROM):
-            leaks.append((first[key], row))
-    if leaks:
-        (a, b), more = leaks[0], f", and {len(leaks) - 1} more" if len(leaks) > 1 else ""
-        line = (f"{what.format(keys[leaks[0][0]])} stands in two splits: {source.names[a]} ({source.splits[a]}) and "
-                f"{source.names[b]} ({source.splits[b]}){more}{hint.format(source.path)}")
-        if source.kind != "npz":
-            raise ValueError(f"{source.path}: {line}")
-        print(f"{source.name}: warning: {line}")
-
-
-SAME_IMAGE = "the same image", "; `python -m medssl.common.data {} --to FOLDER --dedupe` keeps one of them"
-
-
-def split(dataset, fractions=(0.7, 0.1, 0.2), seed=0):
-    """The data set with new splits train, val, test. Groups stay whole; they are dealt in random order, large ones
-    first, each to the split that is emptiest of the group's classes."""
-    fractions = check_fractions(fractions)                                  # (3,)
-    labels = np.zeros(len(dataset), int) if dataset.labels is None else dataset.labels + 1      # no label: a class, too
-    groups = np.arange(len(dataset)) if dataset.groups is None else dataset.groups
-    group = np.unique(groups, return_inverse=True)[1]
-    counts = np.zeros((group.max() + 1, labels.max() + 1))                  # (groups, classes)
-    np.add.at(counts, (group, labels), 1)
-    share = counts / counts.sum(0).clip(1)                                  # so that rare classes weigh as much
-    order = np.random.default_rng(seed).permutation(len(counts))
-    order = order[np.argsort(-counts[order].sum(1), kind="stable")]
-    allowed = np.flatnonzero(fractions)
-    full = np.zeros((len(allowed), counts.shape[1]))                        # how full each split is of each class
-    side = np.empty(len(counts), int)
-    for g in order:
-        step = share[g] / fractions[allowed, None]                          # (splits, classes)
-        best = ((full + step / 2) @ share[g]).argmin()
-        full[best] += step[best]
-        side[g] = allowed[best]
-    for empty in set(allowed) - set(side):                                  # few groups: the fullest gives its smallest
-        giver = np.bincount(side).argmax()
-        if (side == giver).sum() > 1:
-            side[min(np.flatnonzero(side == giver), key=lambda g: counts[g].sum())] = empty
-    splits = np.array(["train", "val", "test"])[side][group]
-    learnt = np.flatnonzero(splits == "train") if fractions[0] else np.arange(len(dataset))
-    parts = np.array_split(learnt, len(learnt) // 32 + 1)
-    mean, std = pooled(np.concatenate([moments(dataset.images[part]) for part in parts]))
-    return replace(dataset, splits=splits, mean=mean, std=std)
-
-
-def check_fractions(fractions):
-    fractions = np.array(fractions, dtype=float)
-    if fractions.shape != (3,) or (fractions < 0).any() or abs(fractions.sum() - 1) > 1e-6:
-        raise ValueError(f"split {' '.join(map(str, fractions))}: give shares of train, val and test that add up to 1")
-    return fractions
 
 
 # ---- decoding
@@ -223,7 +119,7 @@ def stamps(source):
 def complain(source, problems):
     if problems:
         listed = "; ".join(problems[:10]) + ("; ..." if len(problems) > 10 else "")
-        raise ValueError(f"{source.path}: {len(problems)} of {len(source.names)} images cannot be used: {listed}. "
+        raise UserError(f"{source.path}: {len(problems)} of {len(source.names)} images cannot be used: {listed}. "
                          f"`python -m medssl.common.data {source.path} --to FOLDER --skip-unreadable` leaves them out")
 
 
@@ -274,7 +170,7 @@ def build(source, folder, size, channels, fit):
         size, channels, dtype = plan(source, read, size, channels, pool)
         needed = count * size * size * (channels * dtype.itemsize + bool(source.masks))
         if needed > shutil.disk_usage(folder).free:
-            raise ValueError(f"{folder.parent}: {needed / 1e9:.1f} GB of decoded images do not fit here; see --cache")
+            raise UserError(f"{folder.parent}: {needed / 1e9:.1f} GB of decoded images do not fit here; see --cache")
         images = np.lib.format.open_memmap(folder / "images.npy", "w+", dtype, (count, channels, size, size))
         masks = None
         if source.masks:
@@ -290,7 +186,7 @@ def build(source, folder, size, channels, fit):
                 try:
                     image = pixels(read(row), source.names[row], dtype)
                     if image.ndim == 3 and channels == 1 and not asked:
-                        raise ValueError(f"{source.names[row]}: in colour, others are gray: choose --channels 1 or 3")
+                        raise UserError(f"{source.names[row]}: in colour, others are gray: choose --channels 1 or 3")
                     images[row] = planes(fitted(image, size, fit), channels)
                     hashes[row], shapes[row] = pixel_hash(image), image.shape[:2]
                     mask = class_indices(read_mask(row), image, source, row)
@@ -346,12 +242,12 @@ def common_size(shapes):
 def pixels(image, name, dtype=None):
     """The image if it is one: (rows, columns) or (rows, columns, 3) of 8 or 16 bits, like the others of its set."""
     if image.ndim != 2 and (image.ndim != 3 or image.shape[2] != 3):
-        raise ValueError(f"{name}: a stack or volume of shape {image.shape}, not one image: prepare it first (--to)")
+        raise UserError(f"{name}: a stack or volume of shape {image.shape}, not one image: prepare it first (--to)")
     image = image.astype(np.uint8) * 255 if image.dtype == bool else image
     if image.dtype not in (np.uint8, np.uint16):
-        raise ValueError(f"{name}: {image.dtype} pixels have no fixed range: prepare them first (--to, --window)")
+        raise UserError(f"{name}: {image.dtype} pixels have no fixed range: prepare them first (--to, --window)")
     if dtype is not None and image.dtype != dtype:
-        raise ValueError(f"{name}: {image.dtype} pixels, where others have {dtype}: two scales in one set")
+        raise UserError(f"{name}: {image.dtype} pixels, where others have {dtype}: two scales in one set")
     return image
 
 
@@ -362,10 +258,10 @@ def class_indices(mask, image, source, row):
     if mask.ndim == 3 and image.ndim >= 2 and mask.shape[2] == 3 and (mask[..., :1] == mask).all():
         mask = mask[..., 0]                                                 # gray saved as colour
     if mask.shape != image.shape[:2]:
-        raise ValueError(f"mask {source.masks[row]} is {by(mask.shape)}, but its image {source.names[row]} is "
+        raise UserError(f"mask {source.masks[row]} is {by(mask.shape)}, but its image {source.names[row]} is "
                          f"{by(image.shape[:2])}")
     if mask.min() < 0 or mask.max() > 255 or (mask.dtype.kind == "f" and (mask % 1 != 0).any()):
-        raise ValueError(f"mask {source.masks[row]} holds values from {mask.min()} to {mask.max()}, not class indices")
+        raise UserError(f"mask {source.masks[row]} holds values from {mask.min()} to {mask.max()}, not class indices")
     return mask.astype(np.uint8)
 
 
@@ -381,7 +277,7 @@ def settle_masks(path, masks, masked, values):
             masks[row] //= 255
         return ("0", "1"), ["masks hold 0 and 255: read as classes 0 and 1"]
     if list(found) != list(range(len(found))):
-        raise ValueError(f"{path}: masks hold the values {' '.join(map(str, found[:20]))}; class indices run 0, 1, 2, "
+        raise UserError(f"{path}: masks hold the values {' '.join(map(str, found[:20]))}; class indices run 0, 1, 2, "
                          "... without a gap (0 = background): renumber them")
     return tuple(map(str, found)), []
 
@@ -432,22 +328,3 @@ def pixel_hash(image):
     if pixels == image[:1, :1].tobytes() * (image.shape[0] * image.shape[1]):
         return 0
     return int.from_bytes(hashlib.sha1(pixels, usedforsecurity=False).digest()[:8], "big")     # sha1: often the fastest
-
-
-def moments(images):
-    """Mean and mean square of each channel of images (N, C, H, W) scaled to [0, 1]: (N, 2, C)."""
-    x = images.reshape(*images.shape[:2], -1).astype(np.float32)            # (N, C, H W)
-    top = float(np.iinfo(images.dtype).max)
-    return np.stack([x.mean(2) / top, np.square(x, out=x).mean(2) / top ** 2], axis=1)
-
-
-def pooled(moments):
-    """Mean and standard deviation per channel from the moments of images (N, 2, C). A constant channel gets std 1."""
-    mean, square = moments.mean(0)
-    std = np.sqrt((square - mean ** 2).clip(0))
-    return tuple(map(float, mean)), tuple(float(s) if s > 1e-4 else 1.0 for s in std)
-
-
-if __name__ == "__main__":
-    from medssl.common import cli, prepare
-    cli.run(prepare.main)

@@ -32,7 +32,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from medssl.common import cli, data, readers, sources
+from .. import cli, plots
+from ..errors import UserError
+from . import dataset as sets
+from . import decode, load, readers, sources
 
 NEAR = 6                                                                    # differing bits of 64
 BITS = np.array([bin(number).count("1") for number in range(256)], np.uint8)
@@ -50,7 +53,7 @@ def main(arguments=None):
     flag("--to", metavar="FOLDER", help="prepare the set into this new folder")
     flag("--size", type=int, help="side of the images (default: the common one, or the median to a multiple of 32)")
     flag("--channels", type=int, choices=(1, 3), help="gray or colour (default: as the files are)")
-    flag("--fit", choices=tuple(data.FITTING), default="pad", help="how images become square (default: pad)")
+    flag("--fit", choices=tuple(decode.FITTING), default="pad", help="how images become square (default: pad)")
     flag("--label", default="label", help="column of split.csv")
     flag("--group-by", metavar="REGEX", help="patient: first bracket, or whole match, in the file name; or: parent")
     flag("--cache", metavar="DIR", help="for decoded images (default: $MEDSSL_CACHE or ~/.cache/medssl)")
@@ -67,14 +70,14 @@ def main(arguments=None):
         return
     for name in ("window", "percentiles", "split", "dedupe", "skip_unreadable", "axis"):
         if getattr(words, name) != parser.get_default(name):
-            raise ValueError(f"--{name.replace('_', '-')} does something only when preparing: add --to FOLDER")
+            raise UserError(f"--{name.replace('_', '-')} does something only when preparing: add --to FOLDER")
     look(words)
 
 
 def look(words):
     """Prints what a set holds, and draws its contact sheet here."""
     if words.path == "phantoms":
-        dataset = data.load("phantoms", words.size, words.channels, seed=words.seed)
+        dataset = load("phantoms", words.size, words.channels, seed=words.seed)
         report(dataset, None, "built in", None, [])
         draw(dataset, SHEET)
     else:
@@ -82,9 +85,9 @@ def look(words):
         if source.volumes:
             report_volumes(source, SHEET)
         else:
-            dataset, rows = data.load_rows(source, words.size, words.channels, words.cache, words.fit)
+            dataset, rows = decode.load_rows(source, words.size, words.channels, words.cache, words.fit)
             uneven = (rows["shapes"] != dataset.images.shape[2]).any()
-            notes = [f"those of another shape are {data.FITTING[words.fit]}"] if uneven else []
+            notes = [f"those of another shape are {decode.FITTING[words.fit]}"] if uneven else []
             report(dataset, rows, source.kind, source.names, notes)
             draw(dataset, SHEET)
     print(f"contact sheet:           {SHEET}")
@@ -113,12 +116,12 @@ def prepare(words):
     try:
         notes = write(source, part, words)
         shutil.rmtree(part / sources.UNPACKED, ignore_errors=True)
-        draw(data.load(part), part / SHEET)
+        draw(load(part), part / SHEET)
         os.rename(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     made = sources.find(folder)
-    report(*data.load_rows(made), f"prepared into {folder}", made.names, notes)
+    report(*decode.load_rows(made), f"prepared into {folder}", made.names, notes)
     print(f"contact sheet:           {folder / SHEET}")
 
 
@@ -126,25 +129,25 @@ def check(words, source, folder):
     for name in ("window", "percentiles"):
         pair = getattr(words, name)
         if pair and not pair[0] < pair[1]:
-            raise ValueError(f"--{name} {pair[0]:g} {pair[1]:g}: the first must be the smaller")
+            raise UserError(f"--{name} {pair[0]:g} {pair[1]:g}: the first must be the smaller")
     if words.window and words.percentiles:
-        raise ValueError("--window and --percentiles: choose one")
+        raise UserError("--window and --percentiles: choose one")
     if words.percentiles and not 0 <= words.percentiles[0] < words.percentiles[1] <= 100:
-        raise ValueError(f"--percentiles {words.percentiles[0]:g} {words.percentiles[1]:g}: between 0 and 100")
+        raise UserError(f"--percentiles {words.percentiles[0]:g} {words.percentiles[1]:g}: between 0 and 100")
     if words.size is not None and words.size < 1:
-        raise ValueError(f"--size {words.size}: images need at least one pixel")
+        raise UserError(f"--size {words.size}: images need at least one pixel")
     if words.split and source.splits:
-        raise ValueError(f"--split: {source.path} has splits already")
+        raise UserError(f"--split: {source.path} has splits already")
     if words.split:
-        data.check_fractions(words.split)
+        sets.check_fractions(words.split)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"--to {folder}: exists and is not empty; name a new folder")
+        raise UserError(f"--to {folder}: exists and is not empty; name a new folder")
 
 
 def write(source, part, words):
     """images.npy, masks.npy, rows.npz, table.csv and info.json; returns notes on what was done."""
     count, kept, values = Counter(), [], np.zeros(256, np.int64)
-    with ThreadPoolExecutor(data.workers()) as pool:
+    with ThreadPoolExecutor(decode.workers()) as pool:
         read, read_mask = source.open(part)
         size, channels = plan(source, read, words, pool)
         stream = finished(source, read, read_mask, size, channels, words, pool, count)
@@ -158,20 +161,20 @@ def write(source, part, words):
                 images.write(piece.image)
                 masks.write(no_mask if piece.mask is None else piece.mask)
                 values += piece.values
-                sums = data.moments(piece.image[None])[0]                   # (2, C)
+                sums = sets.moments(piece.image[None])[0]                   # (2, C)
                 kept.append((row, group, piece.hash, piece.shape, sums, piece.mask is not None))
             for file, shape in (images, (len(kept), channels, size, size)), (masks, (len(kept), size, size)):
                 file.seek(0)
                 file.write(npy_header(shape))
     notes = notes_on(count)
     if not kept:
-        raise ValueError(f"{source.path}: no image is left; {'; '.join(notes)}")
+        raise UserError(f"{source.path}: no image is left; {'; '.join(notes)}")
     numbers, groups, hashes, shapes, sums, masked = zip(*kept)
     np.savez(part / "rows.npz", hashes=np.array(hashes, np.uint64), shapes=np.array(shapes, np.int32), moments=sums)
     mask_classes, note = (), []
     if source.masks:
         stack = np.load(part / "masks.npy", mmap_mode="r+")
-        mask_classes, note = data.settle_masks(source.path, stack, masked, values)
+        mask_classes, note = decode.settle_masks(source.path, stack, masked, values)
         stack.flush()
     else:
         (part / "masks.npy").unlink()
@@ -179,13 +182,13 @@ def write(source, part, words):
     names, labels, splits = ([column[row] for row in numbers] if column else None
                              for column in (source.names, source.labels, source.splits))
     made = sources.Source(source.path, "preparation", names, [], None, labels, groups if any(groups) else None, splits)
-    group_numbers = data.numbered([group or f"\0{row}" for row, group in enumerate(groups)])[0] if any(groups) else None
+    group_numbers = sets.numbered([group or f"\0{row}" for row, group in enumerate(groups)])[0] if any(groups) else None
     if words.split:
         stack = np.load(part / "images.npy", mmap_mode="r")
-        dataset = data.Dataset("", stack, data.numbered(labels)[0] if labels else None, groups=group_numbers)
-        made.splits = data.split(dataset, words.split, words.seed).splits.tolist()
-    data.refuse_leaks(made, made.groups, "group {}")
-    data.refuse_leaks(made, hashes, *data.SAME_IMAGE)
+        dataset = sets.Dataset("", stack, sets.numbered(labels)[0] if labels else None, groups=group_numbers)
+        made.splits = sets.split(dataset, words.split, words.seed).splits.tolist()
+    sets.refuse_leaks(made, made.groups, "group {}")
+    sets.refuse_leaks(made, hashes, *sets.SAME_IMAGE)
     empty = [""] * len(kept)
     with open(part / "table.csv", "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
@@ -207,9 +210,9 @@ def plan(source, read, words, pool):
             return None                                                     # will be listed with all others that fail
     if words.size and words.channels:
         return words.size, words.channels
-    sample = sorted(set(np.linspace(0, len(source.names) - 1, 4 if source.volumes else data.SAMPLE).astype(int)))
+    sample = sorted(set(np.linspace(0, len(source.names) - 1, 4 if source.volumes else decode.SAMPLE).astype(int)))
     shapes = [shape for shape in pool.map(look, sample) if shape] or [(32, 32)]
-    return words.size or data.common_size(shapes), words.channels or max(3 if len(s) == 3 else 1 for s in shapes)
+    return words.size or decode.common_size(shapes), words.channels or max(3 if len(s) == 3 else 1 for s in shapes)
 
 
 def finished(source, read, read_mask, size, channels, words, pool, count):
@@ -222,7 +225,7 @@ def finished(source, read, read_mask, size, channels, words, pool, count):
     order, unreadable = list(range(len(source.names))), []
     if source.splits and words.dedupe:                                      # the copy nobody learns from comes first
         order.sort(key=lambda row: {"test": 0, "val": 1}.get(source.splits[row], 2))
-    step = data.workers() * (1 if source.volumes else 64)                   # so many are in memory at a time
+    step = decode.workers() * (1 if source.volumes else 64)                   # so many are in memory at a time
     for start in tqdm(range(0, len(order), step), desc=f"preparing {source.name}", leave=False):
         for row, done in zip(order[start:start + step], pool.map(work, order[start:start + step])):
             if isinstance(done, str):
@@ -233,7 +236,7 @@ def finished(source, read, read_mask, size, channels, words, pool, count):
             group = source.groups[row] if source.groups else source.names[row] if several else ""
             yield from ((row, group, piece) for piece in done[0])
     if not words.skip_unreadable:
-        data.complain(source, unreadable)
+        decode.complain(source, unreadable)
     for line in unreadable[:10]:
         print(f"left out: {line}")                                          # but not in info.json: no names there
     count["unreadable"] = len(unreadable)
@@ -270,7 +273,7 @@ def slices(array, source, row, axis):
     if array.ndim == 4 and source.names[row].lower().endswith((".nii", ".nii.gz")):
         array = array[0]                                                    # first time or channel: (z, rows, columns)
     if array.ndim != 3 and array.shape[3:] != (3,):
-        raise ValueError(f"{source.names[row]}: shape {array.shape} is neither an image nor a volume")
+        raise UserError(f"{source.names[row]}: shape {array.shape} is neither an image nor a volume")
     return np.moveaxis(array, axis, 0)
 
 
@@ -281,8 +284,8 @@ def pieces(array, mask, source, row, size, channels, words):
     if mask is not None:
         masks = slices(mask, source, row, words.axis)
         if masks.shape[:3] != stack.shape[:3]:
-            raise ValueError(f"mask {source.masks[row]} is {data.by(mask.shape)}, but its image {source.names[row]} is "
-                             f"{data.by(array.shape)}")
+            raise UserError(f"mask {source.masks[row]} is {decode.by(mask.shape)}, but its image {source.names[row]} is "
+                             f"{decode.by(array.shape)}")
     count = Counter(slices=len(stack), fourth=array.ndim == 4 and stack.ndim == 3)
     count["hounsfield"] = not words.window and stack.dtype.kind in "if" and bool(stack.min() < -500)
     low, high = grey_range(stack, words)
@@ -291,15 +294,15 @@ def pieces(array, mask, source, row, size, channels, words):
     for layer, mask in zip(stack, masks):
         image = eight_bits(layer, low, high)
         image = 255 - image if inverted else image
-        mask = data.class_indices(mask, image, source, row)
+        mask = decode.class_indices(mask, image, source, row)
         if len(stack) > 1 and (image > 25).mean() < 0.01 and (mask is None or not mask.any()):
             count["empty"] += 1
             continue
         values = np.zeros(256, np.int64) if mask is None else np.bincount(mask.ravel(), minlength=256)
         if mask is not None:
-            mask = np.ascontiguousarray(data.fitted(mask, size, words.fit, Image.NEAREST))
-        square = np.ascontiguousarray(data.planes(data.fitted(image, size, words.fit), channels))
-        done.append(Piece(square, mask, data.pixel_hash(image), difference_hash(image), image.shape[:2], values))
+            mask = np.ascontiguousarray(decode.fitted(mask, size, words.fit, Image.NEAREST))
+        square = np.ascontiguousarray(decode.planes(decode.fitted(image, size, words.fit), channels))
+        done.append(Piece(square, mask, decode.pixel_hash(image), difference_hash(image), image.shape[:2], values))
     return done, count
 
 
@@ -322,7 +325,7 @@ def eight_bits(layer, low, high):
 
 def difference_hash(image):
     """64 bits: whether each cell of an 8 x 8 grid is darker than its right neighbour."""
-    gray = data.gray(image) if image.ndim == 3 else image
+    gray = decode.gray(image) if image.ndim == 3 else image
     gray = (gray >> 8).astype(np.uint8) if gray.dtype == np.uint16 else gray
     grid = np.asarray(Image.fromarray(gray).resize((9, 8), Image.BILINEAR))
     return np.packbits(grid[:, 1:] > grid[:, :-1]).view(np.uint64)[0]
@@ -429,7 +432,6 @@ def report_copies(dataset, hashes, names, some):
 
 def draw(dataset, path):
     """The contact sheet: images evenly over the classes, masks laid over them."""
-    from medssl.common import plots
     order = np.arange(len(dataset)) if dataset.labels is None else np.argsort(dataset.labels, kind="stable")
     rows = order[np.linspace(0, len(order) - 1, min(len(order), SHOWN)).astype(int)]
     titles = None
@@ -442,7 +444,6 @@ def draw(dataset, path):
 
 def report_volumes(source, path, size=192):
     """What raw volumes hold; the sheet shows the middle slice of some, each scaled by its percentiles."""
-    from medssl.common import plots
     print(f"{source.name}: {source.kind}; {len(source.names)} files with volumes: prepare them with --to FOLDER")
     read, read_mask = source.open(None)
     pictures, masks = [], []
@@ -450,11 +451,11 @@ def report_volumes(source, path, size=192):
         array, mask = read(row), read_mask(row)
         layers = slices(array, source, row, 0)
         middle, (low, high) = len(layers) // 2, np.nanpercentile(layers, (0.5, 99.5))
-        print(f"  {source.names[row]}: {data.by(array.shape)}, values {np.nanmin(array):g} to {np.nanmax(array):g}"
-              + (f", mask {data.by(mask.shape)} of {len(np.unique(mask))} classes" if mask is not None else ""))
-        pictures.append(data.planes(data.fitted(eight_bits(layers[middle], low, high), size, "pad"), 3) / 255)
+        print(f"  {source.names[row]}: {decode.by(array.shape)}, values {np.nanmin(array):g} to {np.nanmax(array):g}"
+              + (f", mask {decode.by(mask.shape)} of {len(np.unique(mask))} classes" if mask is not None else ""))
+        pictures.append(decode.planes(decode.fitted(eight_bits(layers[middle], low, high), size, "pad"), 3) / 255)
         masks.append(np.full((size, size), sources.NO_MASK, np.uint8))
         if mask is not None and mask.shape == array.shape:
             layer = slices(mask, source, row, 0)[middle].astype(np.uint8)
-            masks[-1] = data.fitted(layer, size, "pad", Image.NEAREST)
+            masks[-1] = decode.fitted(layer, size, "pad", Image.NEAREST)
     plots.sheet([("", np.stack(pictures))], path, masks=[np.stack(masks)] if source.masks else None, columns=6)

@@ -12,7 +12,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from . import augment, data, encoders, files, loop, metrics, readouts, report, unet
+from .. import augment, data, encoders, files, loop, metrics, unet
+from ..errors import UserError
+from ..features import extract, knn
+from . import readouts, report
 from .subsets import Target
 
 FROZEN = "encoder frozen, in evaluation mode"
@@ -125,7 +128,7 @@ def features_of(study, model, seed, everything=False):
         before = readouts.fingerprint(network)
         asked = [study.watched(), *(study.targets["labels"].rows.values() if "labels" in study.targets else [])]
         rows = np.arange(len(study.dataset)) if everything else np.unique(np.concatenate(asked))
-        found = readouts.extract(network, study.dataset.images, rows, study.device)
+        found = extract(network, study.dataset.images, rows, study.device)
         features = torch.zeros(len(study.dataset), found.shape[1])
         features[rows] = found                                              # (N, D)
         study.features[key] = features, unchanged(before, network)
@@ -145,7 +148,7 @@ def by_neighbours(fit):
     values, classes = fit.target.values, len(fit.target.classes)
 
     def predict(asked):
-        shares = readouts.knn(features[fit.rows], values[fit.rows], features[asked])
+        shares = knn(features[fit.rows], values[fit.rows], features[asked])
         return np.pad(shares, ((0, 0), (0, classes - shares.shape[1])))     # classes never seen: 0
     return predict, {"frozen": frozen}
 
@@ -199,7 +202,7 @@ def schedule(args, task, target):
     steps = args.steps or max(1, round(args.epochs * per_epoch))
     frozen = steps if task == "segment" else round(args.freeze * per_epoch)
     if task in ("finetune", "unet") and frozen >= steps:
-        raise ValueError(f"--freeze {args.freeze:g}: {frozen} steps with the encoder frozen leave none of the {steps} to train it")
+        raise UserError(f"--freeze {args.freeze:g}: {frozen} steps with the encoder frozen leave none of the {steps} to train it")
     return per_epoch, steps, frozen
 
 

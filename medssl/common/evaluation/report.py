@@ -14,7 +14,8 @@ import re
 import numpy as np
 import torch
 
-from . import feed, files, metrics, plots, readouts
+from .. import feed, files, metrics, plots
+from . import readouts
 
 CLASSES = ("balanced_accuracy", "auc", "accuracy", "macro_f1", "average_precision", "quadratic_kappa")
 MASKS = ("dice", "iou", "dice_per_slice", "iou_per_slice")

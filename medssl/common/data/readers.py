@@ -34,6 +34,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ..errors import UserError
+
 IMAGES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 ARRAYS = (".npy", ".npz")
 VOLUMES = (".nii", ".nii.gz", ".mhd", ".mha")
@@ -41,7 +43,7 @@ DICOM = (".dcm", ".dicom")
 SUFFIXES = IMAGES + ARRAYS + VOLUMES + DICOM
 
 
-class Unreadable(ValueError):
+class Unreadable(UserError):
     """One line: the path as given and the reason."""
 
 

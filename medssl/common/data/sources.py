@@ -12,8 +12,6 @@ pictures that lie deeper, and volumes in folders, have no label, and the folder 
 whatever must not be torn apart by a split: a patient, a smear, a volume. A mask belongs to the image of the same name
 in images/.
 """
-from __future__ import annotations
-
 import csv
 import json
 import os
@@ -26,7 +24,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from medssl.common import readers
+from ..errors import UserError
+from . import readers
 
 FLAT = readers.IMAGES + (".npy",)                                           # endings of pictures
 SOLID = readers.VOLUMES + readers.DICOM                                     # of what has to be prepared first
@@ -62,7 +61,7 @@ def find(path, label="label", group_by=None, volumes=False):
     path = Path(os.path.abspath(Path(path).expanduser()))
     kind = readers.suffix(path.name)
     if not path.exists():
-        raise ValueError(f"{path}: no such file or folder (the built-in set is called phantoms)")
+        raise UserError(f"{path}: no such file or folder (the built-in set is called phantoms)")
     if path.is_dir() and (path / "images.npy").is_file() and (path / "info.json").is_file():
         source = from_prepared(path, label)
     elif path.is_dir() and (path / "split.csv").is_file():
@@ -78,12 +77,12 @@ def find(path, label="label", group_by=None, volumes=False):
     elif kind in SOLID:
         source = from_files(path, "one volume", [path.name], [str(path)])
     else:
-        raise ValueError(f"{path}: a set is a folder, split.csv, .npz or .npy, not a single {kind or 'unnamed'} file")
+        raise UserError(f"{path}: a set is a folder, split.csv, .npz or .npy, not a single {kind or 'unnamed'} file")
     if label != "label" and source.kind not in ("split.csv", PREPARED):
-        raise ValueError(f"{path}: label={label} picks a column of a split.csv, and there is none")
+        raise UserError(f"{path}: label={label} picks a column of a split.csv, and there is none")
     if source.volumes and not volumes:
         more = ", ..." if len(source.volumes) > 1 else ""
-        raise ValueError(f"{path}: holds volumes ({source.volumes[0]}{more}): cut them into slices first with "
+        raise UserError(f"{path}: holds volumes ({source.volumes[0]}{more}): cut them into slices first with "
                          f"`python -m medssl.common.data {path} --to FOLDER`, then open FOLDER")
     if group_by:
         source.groups = grouped(source, group_by)
@@ -100,17 +99,17 @@ def is_solid(file):
 def grouped(source, pattern):
     """The group of each image, from its name."""
     if source.kind in ARRAYS:
-        raise ValueError(f"{source.path}: --group-by looks at file names, and a {source.kind} has none")
+        raise UserError(f"{source.path}: --group-by looks at file names, and a {source.kind} has none")
     if pattern == "parent":
         return [os.path.dirname(name) for name in source.names]
     try:
         found = [re.search(pattern, name) for name in source.names]
     except re.error as error:
-        raise ValueError(f"--group-by {pattern}: not a regular expression ({error})") from None
+        raise UserError(f"--group-by {pattern}: not a regular expression ({error})") from None
     groups = [match and match.group(bool(match.re.groups)) for match in found]
     missed = [name for name, group in zip(source.names, groups) if not group]
     if missed:
-        raise ValueError(f"--group-by {pattern}: does not match {len(missed)} of {len(found)} names, first {missed[0]}")
+        raise UserError(f"--group-by {pattern}: does not match {len(missed)} of {len(found)} names, first {missed[0]}")
     return groups
 
 
@@ -144,16 +143,16 @@ def from_csv(path, label):
             reader = csv.DictReader(file, restval="")
             rows, columns = list(reader), reader.fieldnames or []
     except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a table in UTF-8 with commas ({error})") from None
+        raise UserError(f"{path}: not a table in UTF-8 with commas ({error})") from None
     if "file" not in columns:
-        raise ValueError(f"{path}: no column `file` among {', '.join(columns)} (the delimiter is a comma)")
+        raise UserError(f"{path}: no column `file` among {', '.join(columns)} (the delimiter is a comma)")
     if label not in columns and label != "label":
-        raise ValueError(f"{path}: no column {label}; there are {', '.join(columns)}")
+        raise UserError(f"{path}: no column {label}; there are {', '.join(columns)}")
     if not rows:
-        raise ValueError(f"{path}: no rows")
+        raise UserError(f"{path}: no rows")
     wide = next((number for number, row in enumerate(rows, 2) if None in row), None)
     if wide:
-        raise ValueError(f"{path}: line {wide} has more fields than the header; quote a name that holds a comma")
+        raise UserError(f"{path}: line {wide} has more fields than the header; quote a name that holds a comma")
 
     def column(name):
         return [row[name].strip() for row in rows] if name in columns else None
@@ -161,12 +160,12 @@ def from_csv(path, label):
     names, splits, chosen = column("file"), column("split"), column(label)
     for number, value in enumerate(splits or [], 2):
         if value.lower() not in SPLITS:
-            raise ValueError(f"{path}: line {number}: split `{value}` is none of train, val, test, unlabeled")
+            raise UserError(f"{path}: line {number}: split `{value}` is none of train, val, test, unlabeled")
     labels, masks = None, None
     for values in column("mask"), column("label"), chosen:                  # `label=type` does not take the masks away
         paths = [readers.suffix(value) in FLAT + SOLID for value in values or [] if value]
         if any(paths) and not all(paths):
-            raise ValueError(f"{path}: a label column holds both classes and paths of masks ({values[0]}, ...)")
+            raise UserError(f"{path}: a label column holds both classes and paths of masks ({values[0]}, ...)")
         masks = values if any(paths) else masks
         labels = chosen if paths and not any(paths) and values == chosen else labels
     inside = os.path.dirname(path)
@@ -180,7 +179,7 @@ def from_csv(path, label):
 def from_folder(path):
     names = image_names(path)
     if not names:
-        raise ValueError(f"{path}: no images found ({' '.join(FLAT + SOLID)})")
+        raise UserError(f"{path}: no images found ({' '.join(FLAT + SOLID)})")
     parts, splits, masks = [name.split("/") for name in names], None, None
     if all(len(part) > 1 and part[0].lower() in SPLITS for part in parts):
         splits = [SPLITS[part[0].lower()] for part in parts]
@@ -194,7 +193,7 @@ def from_folder(path):
         masks = [by_stem.pop(stems[row], "") for row in rows]
         masks = [mask and os.path.join(path, mask) for mask in masks]
         if by_stem:
-            raise ValueError(f"{path}: {len(by_stem)} masks have no image of their name, first {min(by_stem.values())}")
+            raise UserError(f"{path}: {len(by_stem)} masks have no image of their name, first {min(by_stem.values())}")
         names, parts, splits = [[values[row] for row in rows] if values else None for values in (names, parts, splits)]
     if all(part[0] == "images" for part in parts):
         parts = [part[1:] for part in parts]
@@ -237,7 +236,7 @@ def from_npz(path):
     with readers.naming(path), np.load(path, allow_pickle=False) as archive:
         parts = [part for part in ("train", "val", "test") if f"{part}_images" in archive.files]
         if "train" not in parts or any(f"{part}_labels" not in archive.files for part in parts):
-            raise ValueError(f"not a MedMNIST file: no train_images or no labels, but {', '.join(archive.files)}")
+            raise UserError(f"not a MedMNIST file: no train_images or no labels, but {', '.join(archive.files)}")
         columns = [archive[f"{part}_labels"] for part in parts]
     names = [f"{part}_images[{row}]" for part, rows in zip(parts, columns) for row in range(len(rows))]
     splits = [part for part, rows in zip(parts, columns) for _ in rows]
@@ -250,7 +249,7 @@ def from_npz(path):
             unpacked = [members.extract(f"{part}_images.npy", Path(folder) / UNPACKED) for part in parts]
         stacks = [open_stack(file, f"{path}: {part}_images") for file, part in zip(unpacked, parts)]
         if [len(stack) for stack in stacks] != [len(rows) for rows in columns]:
-            raise ValueError(f"{path}: not as many labels as images")
+            raise UserError(f"{path}: not as many labels as images")
 
         def read(row):
             part = np.searchsorted(ends, row, side="right")
@@ -264,13 +263,13 @@ def open_stack(path, called):
     try:
         stack = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{called}: not a whole array of numbers ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{called}: not a whole array of numbers ({str(error).splitlines()[0]})") from None
     if stack.ndim == 4 and stack.shape[1] in (1, 3) and stack.shape[3] not in (1, 3):
         stack = np.moveaxis(stack, 1, 3)                                    # (N, rows, columns, C)
     if stack.ndim == 4 and stack.shape[3] == 1:
         stack = stack[..., 0]                                               # (N, rows, columns)
     if stack.ndim not in (3, 4) or stack.size == 0:
-        raise ValueError(f"{called}: shape {stack.shape} is not a stack of images (N, rows, columns[, 3])")
+        raise UserError(f"{called}: shape {stack.shape} is not a stack of images (N, rows, columns[, 3])")
     return stack
 
 
@@ -284,7 +283,7 @@ def from_prepared(path, label):
     with open(path / "table.csv", newline="", encoding="utf-8") as file:
         table = list(csv.DictReader(file))
     if label not in ("label", json.loads((path / "info.json").read_text())["label"]):
-        raise ValueError(f"{path}: prepared without the column {label}; prepare it again with --label {label}")
+        raise UserError(f"{path}: prepared without the column {label}; prepare it again with --label {label}")
     columns = {name: [row[name] for row in table] for name in ("label", "group", "split")}
     masks = [str(path / "masks.npy")] * len(table) if (path / "masks.npy").is_file() else None
 

@@ -17,13 +17,12 @@ Densities are Hounsfield units (air -1000, fat -100, water 0, soft tissue 40 to 
 them into 8 bits. Coordinates: x to the right of the picture (the patient's left), y to the back, both 1 at the wall of
 the abdominal cavity. All lengths are relative to the body, so make(size=64) and make(size=96) draw the same patients.
 """
-from __future__ import annotations
-
 import math
 
 import numpy as np
 
-from medssl.common.data import Dataset
+from ..errors import UserError
+from .dataset import Dataset
 
 CLASSES = ("none", "cyst", "tumour", "calcification")
 ORGANS = ("background", "liver", "spleen", "kidneys", "vessels", "bones", "bowel")
@@ -75,7 +74,7 @@ SPLITS = np.array(("train", "test", "val", "train", "train", "val", "test", "tra
 def make(count=2000, size=96, seed=0):
     """`count` slices of size x size pixels with labels, organ masks, patients and splits; a seed fixes every bit."""
     if count < 1 or size < 32:
-        raise ValueError(f"phantoms: cannot draw count={count}, size={size}; give a count from 1 and a size from 32 up")
+        raise UserError(f"phantoms: cannot draw count={count}, size={size}; give a count from 1 and a size from 32 up")
     patients = max(1, round(count / 9))
     groups = np.arange(count) * patients // count                   # (N,)
     kinds, splits = _deal(patients, np.random.default_rng(seed))

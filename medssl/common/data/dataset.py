@@ -1,0 +1,108 @@
+"""A set of images in memory, or memory-mapped, with labels, masks, patients and splits."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ..errors import UserError
+
+LEARNT_FROM = ("train", "unlabeled")
+SAME_IMAGE = "the same image", "; `python -m medssl.common.data {} --to FOLDER --dedupe` keeps one of them"
+
+
+@dataclass
+class Dataset:
+    name: str
+    images: np.ndarray                                                     # (N, C, H, W) uint8, uint16; maybe np.memmap
+    labels: np.ndarray | None = None                                        # (N,) int64 class index, -1 = no label
+    classes: tuple[str, ...] = ()                                          # by index; without labels those of the masks
+    masks: np.ndarray | None = None                                       # (N, H, W) uint8 class; all 255 = has no mask
+    groups: np.ndarray | None = None                                        # (N,) int64 patient number
+    splits: np.ndarray | None = None                                        # (N,) str: train, val, test, unlabeled
+    mean: tuple = (0.0,)                                            # per channel, scaled to [0, 1], of rows learnt from
+    std: tuple = (1.0,)
+
+    def __len__(self):
+        return len(self.images)
+
+    def rows(self, *names):
+        """Row numbers of these splits; every row where the set has no splits."""
+        return np.arange(len(self)) if self.splits is None else np.flatnonzero(np.isin(self.splits, names))
+
+
+def numbered(values):
+    """Index of each value among the sorted distinct ones (numbers by size, -1 for the empty string), and those."""
+    distinct = sorted(set(values) - {""})
+    if all(value.isdecimal() for value in distinct):
+        distinct.sort(key=int)
+    index = {value: number for number, value in enumerate(distinct)} | {"": -1}
+    return np.array([index[value] for value in values], dtype=np.int64), tuple(distinct)
+
+
+def refuse_leaks(source, keys, what, hint=""):
+    """Error when rows of two splits share a key ("" or 0 = no key). Train and unlabeled count as one: both are learnt
+    from. An .npz is a published set that can only be taken as it is: there it is a warning."""
+    first, leaks = {}, []
+    for row, (key, split) in enumerate(zip(keys or [], source.splits or [])):
+        other = source.splits[first.setdefault(key, row)]
+        if key and other != split and not {other, split} <= set(LEARNT_FROM):
+            leaks.append((first[key], row))
+    if leaks:
+        (a, b), more = leaks[0], f", and {len(leaks) - 1} more" if len(leaks) > 1 else ""
+        line = (f"{what.format(keys[leaks[0][0]])} stands in two splits: {source.names[a]} ({source.splits[a]}) and "
+                f"{source.names[b]} ({source.splits[b]}){more}{hint.format(source.path)}")
+        if source.kind != "npz":
+            raise UserError(f"{source.path}: {line}")
+        print(f"{source.name}: warning: {line}")
+
+
+def split(dataset, fractions=(0.7, 0.1, 0.2), seed=0):
+    """The data set with new splits train, val, test. Groups stay whole; they are dealt in random order, large ones
+    first, each to the split that is emptiest of the group's classes."""
+    fractions = check_fractions(fractions)                                  # (3,)
+    labels = np.zeros(len(dataset), int) if dataset.labels is None else dataset.labels + 1      # no label: a class, too
+    groups = np.arange(len(dataset)) if dataset.groups is None else dataset.groups
+    group = np.unique(groups, return_inverse=True)[1]
+    counts = np.zeros((group.max() + 1, labels.max() + 1))                  # (groups, classes)
+    np.add.at(counts, (group, labels), 1)
+    share = counts / counts.sum(0).clip(1)                                  # so that rare classes weigh as much
+    order = np.random.default_rng(seed).permutation(len(counts))
+    order = order[np.argsort(-counts[order].sum(1), kind="stable")]
+    allowed = np.flatnonzero(fractions)
+    full = np.zeros((len(allowed), counts.shape[1]))                        # how full each split is of each class
+    side = np.empty(len(counts), int)
+    for g in order:
+        step = share[g] / fractions[allowed, None]                          # (splits, classes)
+        best = ((full + step / 2) @ share[g]).argmin()
+        full[best] += step[best]
+        side[g] = allowed[best]
+    for empty in set(allowed) - set(side):                                  # few groups: the fullest gives its smallest
+        giver = np.bincount(side).argmax()
+        if (side == giver).sum() > 1:
+            side[min(np.flatnonzero(side == giver), key=lambda g: counts[g].sum())] = empty
+    splits = np.array(["train", "val", "test"])[side][group]
+    learnt = np.flatnonzero(splits == "train") if fractions[0] else np.arange(len(dataset))
+    parts = np.array_split(learnt, len(learnt) // 32 + 1)
+    mean, std = pooled(np.concatenate([moments(dataset.images[part]) for part in parts]))
+    return replace(dataset, splits=splits, mean=mean, std=std)
+
+
+def check_fractions(fractions):
+    fractions = np.array(fractions, dtype=float)
+    if fractions.shape != (3,) or (fractions < 0).any() or abs(fractions.sum() - 1) > 1e-6:
+        raise UserError(f"split {' '.join(map(str, fractions))}: give shares of train, val and test that add up to 1")
+    return fractions
+
+
+def moments(images):
+    """Mean and mean square of each channel of images (N, C, H, W) scaled to [0, 1]: (N, 2, C)."""
+    x = images.reshape(*images.shape[:2], -1).astype(np.float32)            # (N, C, H W)
+    top = float(np.iinfo(images.dtype).max)
+    return np.stack([x.mean(2) / top, np.square(x, out=x).mean(2) / top ** 2], axis=1)
+
+
+def pooled(moments):
+    """Mean and standard deviation per channel from the moments of images (N, 2, C). A constant channel gets std 1."""
+    mean, square = moments.mean(0)
+    std = np.sqrt((square - mean ** 2).clip(0))
+    return tuple(map(float, mean)), tuple(float(s) if s > 1e-4 else 1.0 for s in std)
