@@ -10,7 +10,7 @@ from torch import nn
 
 from medssl.common import augment, feed, loop, metrics
 from medssl.common.evaluation import readouts, subsets
-from medssl.common.features import extract, knn
+from medssl.common.features import extract, knn, set_statistics
 from medssl.common.data import Dataset
 from tests.common import batch, tiny_encoder
 
@@ -272,3 +272,16 @@ def test_validation_patients_taken_from_training_are_not_learned_from():
     rows = subsets.find_target(data, groups, "labels", lambda line: None).rows
     assert len(rows["val"]) == 8 and sorted([*rows["train"], *rows["val"]]) == list(range(60))
     assert not set(groups[rows["train"]]) & set(groups[rows["val"]])
+
+
+def test_statistics_are_those_of_the_images():
+    """After the pass each BatchNorm's input has mean 0 and variance 1 where the images are one batch; weights and modes stay."""
+    encoder, data = tiny_encoder().eval(), pictures()
+    weights = {k: v.clone() for k, v in encoder.named_parameters()}
+    set_statistics(encoder, data.images, np.arange(24), torch.device("cpu"))
+    x = torch.from_numpy(data.images).float() / 255
+    first = encoder.conv1((x - encoder.shift) / encoder.scale)
+    torch.testing.assert_close(encoder.bn1.running_mean, first.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(encoder.bn1.running_var, first.var((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(weights[k], v) for k, v in encoder.named_parameters())
+    assert not encoder.training and encoder.bn1.momentum == 0.1

@@ -1,4 +1,4 @@
-"""Features of an encoder that stays as it is, and what its nearest neighbours say."""
+"""Features of an encoder that stays as it is: extracting them, and what nearest neighbours make of them."""
 
 import numpy as np
 import torch
@@ -17,13 +17,33 @@ def extract(encoder, images, rows, device, size=256):
     return torch.cat(features)
 
 
+@torch.no_grad()
+def set_statistics(encoder, images, rows, device, size=256):
+    """BatchNorm's means and variances become those of these images, by one pass in training mode; the weights stay.
+
+    A network that was never trained has 0 and 1 there, a trained one what it met last: the images it was trained on."""
+    norms = [m for m in encoder.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    training, momenta = encoder.training, [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None                                        # the plain mean over batches
+    rows = np.random.default_rng(0).permutation(rows)               # neighbours in a file look alike, a batch must not
+    encoder.train()
+    for part in np.array_split(rows, max(1, round(len(rows) / size))):
+        encoder(feed.batch(images, part, device))
+    encoder.train(training)
+    for norm, momentum in zip(norms, momenta):
+        norm.momentum = momentum
+    return encoder
+
+
 def knn(train_features, train_labels, features, k=20, temperature=0.1):
     """Class shares (N, classes) by the k nearest training images in cosine distance, weighted by exp(similarity / temperature)."""
     train_labels = torch.as_tensor(np.asarray(train_labels))
     known, shares = F.normalize(train_features, dim=1), []
-    for part in F.normalize(features, dim=1).split(4096):                                            # bounds the memory
-        similarity = part @ known.T                                                                  # (n, M)
-        nearest, index = similarity.topk(min(k, similarity.shape[1]), dim=1)                         # (n, k)
+    for part in F.normalize(features, dim=1).split(4096):           # bounds the memory
+        similarity = part @ known.T                                 # (n, M)
+        nearest, index = similarity.topk(min(k, similarity.shape[1]), dim=1)                                # (n, k)
         votes = F.one_hot(train_labels[index], int(train_labels.max()) + 1) * (nearest / temperature).exp().unsqueeze(2)
-        shares.append(votes.sum(1) / votes.sum((1, 2)).unsqueeze(1))                                 # (n, classes)
-    return torch.cat(shares).numpy()                                                                 # (N, classes)
+        shares.append(votes.sum(1) / votes.sum((1, 2)).unsqueeze(1))                                        # (n, classes)
+    return torch.cat(shares).numpy()                                # (N, classes)
