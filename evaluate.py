@@ -11,76 +11,98 @@ Every choice (L2, epoch) is made on the validation split; the test split is scor
 
 import copy
 import itertools
-import json
-import math
 import os
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
-from medssl.common import cli, data, encoders, files, loop
+from medssl.common import cli, encoders, files, loop
 from medssl.common.errors import UserError
-from medssl.common.evaluation import fits, readouts, report, subsets
-from medssl.common.evaluation.fits import CHOSEN, TARGET, TASKS, TRAINED, Condition, Model, Study
+from medssl.common.evaluation import figures, readouts, report, subsets, tasks
+from medssl.common.evaluation.study import Cell, Settings, Where, file_name, open_study
+from medssl.common.evaluation.tasks import TASKS
 
 STRENGTHS = [f"S{i}" for i in range(7)]
 
 
 def main(argv=None):
     args = parse(argv)
-    device = loop.processes(args.device)[2]
-    models = [describe(path, args) for path in args.runs]
-    study = open_study(args, models, device)
-    tasks = choose_tasks(study)
-    study.out = choose_folder(args, study) if tasks else None
-    for kind in sorted({TARGET[task] for task in tasks if task in TARGET}):
+    settings, where = (chosen(kind, args) for kind in (Settings, Where))
+    study = open_study(args.runs, where, settings, loop.processes(args.device)[2])
+    asked = choose_tasks(args, study)
+    study.out = choose_folder(args, study) if asked else None
+    for kind in sorted({TASKS[task].target for task in asked} - {None}):
         study.targets[kind] = subsets.find_target(study.dataset, study.groups, kind, study.note)
-    cells = [(task, condition) for task in tasks for condition in conditions(args, task)]
-    say_what(study, tasks, cells)
+    cells = [cell for task in asked for cell in cells_of(settings, task)]
+    say_what(study, cells)
     if args.export:
         export(study, args.export)
     if args.features:
         save_features(study, args.features)
+    if asked:
+        study.out.mkdir(parents=True, exist_ok=True)                        # fails now rather than after an hour
+        records, stopped = fit_all(study, cells)
+        if records:
+            tell(study, records)
+        if stopped:
+            raise KeyboardInterrupt
 
-    if not tasks:
-        return
-    study.out.mkdir(parents=True, exist_ok=True)                            # fails now rather than after an hour
-    records, stopped = [], False
-    try:
-        with tqdm(total=len(cells) * len(study.models) * args.seeds, unit="fit", delay=0.5, dynamic_ncols=True) as bar:
-            for seed, model in itertools.product(range(args.seeds), study.models):
-                for task, condition in cells:
-                    bar.set_postfix_str(f"{model.name}, {task}, seed {seed}", refresh=False)
-                    records.append(fits.run(study, task, model, condition, seed))
+
+def chosen(kind, args):
+    """The flags that a dataclass of settings has fields for."""
+    values = {f.name: getattr(args, f.name) for f in fields(kind)}
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def fit_all(study, cells):
+    """The records, and whether Ctrl-C came before the last."""
+    records, seeds = [], range(study.settings.seeds)
+    with tqdm(total=len(cells) * len(study.models) * len(seeds), unit="fit", delay=0.5, dynamic_ncols=True) as bar:
+        try:
+            for seed, model in itertools.product(seeds, study.models):
+                for cell in cells:
+                    bar.set_postfix_str(f"{model.name}, {cell.task}, seed {seed}", refresh=False)
+                    records.append(tasks.run(study, cell, model, seed))
                     bar.update()
-                study.features.pop(None, None)                              # key None: a random encoder's, which serve for one seed only
-    except KeyboardInterrupt:
-        stopped = True
-        print("stopped: what was done so far is written")
-    if records:
-        report.write(study, records, cells, TASKS)
-    if stopped:
-        raise KeyboardInterrupt
+                study.forget_random()
+        except KeyboardInterrupt:
+            tqdm.write("stopped: what was done so far is written")
+            return records, True
+    return records, False
+
+
+def tell(study, records):
+    """Everything into the study's folder, and the tables on the terminal."""
+    summaries, differences = report.summarise(study, records)
+    report.write_json(study, records, summaries, differences)
+    report.write_csv(study, records)
+    pictures = figures.draw(study, records, summaries)
+    for task in dict.fromkeys(s.cell.task for s in summaries):
+        report.print_table(study, task, summaries, differences)
+    report.print_differences(study, differences)
+    print(f"in {study.out}: results.json, results.csv; pictures {', '.join(pictures)}")
 
 
 # ---- the command line
 
 def parse(argv):
-    parser = cli.Parser(prog="evaluate.py", description=__doc__.split("\n")[0], epilog="; ".join(f"{k}: {v}" for k, v in TASKS.items()))
+    parser = cli.Parser(prog="evaluate.py", description=__doc__.split("\n")[0],
+                        epilog="; ".join(f"{name}: {task.words}" for name, task in TASKS.items()))
     add = parser.add_argument
     add("runs", nargs="*", help="folders of runs, or files of weights (ours, torchvision's, timm's); none: the random encoder alone")
     add("--data", help="default: the first run's; 'phantoms' is built in")
     add("--label", help="column of split.csv (default: the first run's)")
     add("--size", type=cli.positive, help="side of the images (default: the first run's)")
     add("--channels", type=int, choices=(1, 3), help="default: the first run's, else as the images are")
-    add("--encoder", choices=encoders.ENCODERS, help="of the weight files, where their keys leave it open, and of the random row without any run")
+    add("--encoder", choices=encoders.ENCODERS, help="of weight files, where their keys leave it open, and of the random row without any run")
     add("--stem", choices=encoders.STEMS, help="likewise")
     add("--task", nargs="*", choices=TASKS, help="default: knn linear with labels, segment with masks, collapse always")
     add("--labels", nargs="+", type=amount, default=["1.0"], help="shares of the training images (whole patients), or numbers of images such as 7n")
-    add("--imbalance", nargs="+", type=one_or_more, default=[None], help="1: all classes cut to the size of the rarest; 10: and of that one a tenth is kept")
+    add("--imbalance", nargs="+", type=one_or_more, default=[None],
+        help="1: all classes cut to the size of the rarest; 10: and of that one a tenth is kept")
     add("--resample", action="store_true", help="draw every class equally often (linear: weigh it; knn: no effect)")
     add("--augment", nargs="+", choices=STRENGTHS, default=["S1"], help="strength under finetune, segment and unet")
     add("--freeze", type=cli.not_negative, default=0, help="epochs with the encoder frozen before finetune and unet release it")
@@ -120,37 +142,40 @@ def amount(text):
     return text
 
 
-def choose_tasks(study):
+def choose_tasks(args, study):
     """--task, or what the set allows; nothing when only an export is asked for."""
-    args, dataset = study.args, study.dataset
+    dataset = study.dataset
+    able = [name for name, task in TASKS.items() if not task.target or getattr(dataset, task.target) is not None]
     if args.task is None:
         if dataset.labels is None and dataset.masks is None:
             study.note(f"{dataset.name} has neither labels nor masks: only collapse can be looked at")
-        tasks = [] if args.export or args.features else ["collapse"]
-        return ["knn", "linear"] * (dataset.labels is not None) * len(tasks) + ["segment"] * (dataset.masks is not None) * len(tasks) + tasks
-    for task in args.task:
-        if task in TARGET and getattr(dataset, TARGET[task]) is None:
-            able = [t for t in TASKS if t not in TARGET or getattr(dataset, TARGET[t]) is not None]
-            raise UserError(f"--task {task}: {dataset.name} has no {TARGET[task]}; it can be looked at with {', '.join(able)}")
-    if args.imbalance != [None] and not any(TARGET.get(task) == "labels" for task in args.task):
+        wanted = ("knn", "linear", "segment", "collapse")
+        return [] if args.export or args.features else [name for name in wanted if name in able]
+    for name in args.task:
+        if name not in able:
+            raise UserError(f"--task {name}: {dataset.name} has no {TASKS[name].target}; it can be looked at with {', '.join(able)}")
+    targets = {TASKS[name].target for name in args.task}
+    if args.imbalance != [None] and "labels" not in targets:
         raise UserError(f"--imbalance thins a class of the labels; --task {' '.join(args.task)} does not use them")
-    if args.loss in ("dice", "jaccard") and not {"segment", "unet"} & set(args.task):
+    if args.loss in ("dice", "jaccard") and "masks" not in targets:
         raise UserError(f"--loss {args.loss} is for masks; --task {' '.join(args.task)} takes ce or balanced")
     return list(dict.fromkeys(args.task))
 
 
-def conditions(args, task):
-    """The cells of the series for one task. The frozen features have no augmentation, and masks no rare class to thin."""
-    if task == "collapse":
-        return [Condition(None, None, None)]
-    imbalance = args.imbalance if TARGET[task] == "labels" else [None]
-    return [Condition(*each) for each in itertools.product(args.labels, imbalance, args.augment if task in TRAINED else [None])]
+def cells_of(settings, name):
+    """The cells of the series for one task. Frozen features have no augmentation, and masks no rare class to thin."""
+    task = TASKS[name]
+    if not task.target:
+        return [Cell(name, None, None, None)]
+    axes = (settings.labels, settings.imbalance if task.target == "labels" else [None], settings.augment if task.trains else [None])
+    return [Cell(name, *each) for each in itertools.product(*axes)]
 
 
 def choose_folder(args, study):
     """--out, or the first free results/NAME. Old results are never written over; the folder is made when there are results."""
     stem = f"results/{study.models[-1].name if args.runs else 'random'}-{study.dataset.name}"
-    out = Path(args.out) if args.out else next(p for p in (Path(stem if i == 1 else f"{stem}-{i}") for i in range(1, 10_000)) if not p.exists())
+    numbered = (Path(stem if i == 1 else f"{stem}-{i}") for i in range(1, 10_000))
+    out = Path(args.out) if args.out else next(p for p in numbered if not p.exists())
     if (out / "results.json").exists():
         raise UserError(f"--out {out}: holds results already; choose another")
     there = next(p for p in (out, *out.absolute().parents) if p.exists())
@@ -159,129 +184,45 @@ def choose_folder(args, study):
     return out
 
 
-# ---- encoders
-
-def describe(path, args):
-    """The row that a run's folder or a file of weights stands for."""
-    path = Path(path)
-    file, folder = (path / "encoder.pt", path) if path.is_dir() else (path, path.parent)
-    if path.is_dir() and not file.is_file():
-        raise UserError(f"{path}: holds no encoder.pt: neither a run nor a file of weights")
-    state = files.load_torch(file)
-    step = re.fullmatch(r"encoder-(\d+)", file.stem)
-    name = folder.resolve().name if file.stem.startswith("encoder") else file.stem
-    name += f"@{step[1]}" if step else ""
-    if not (folder / "config.json").is_file():
-        return Model(name, *guess(state, args, file), file)
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        _ = [config["arguments"][key] for key in ("data", "label")] + [config["data"][key] for key in ("channels", "size")]
-        return Model(name, config["encoder"]["name"], config["encoder"]["stem"], file, config, int(step[1]) if step else None)
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{folder / 'config.json'}: damaged; leave it away and the file is taken as bare weights") from None
-
-
-def guess(state, args, file):
-    """The encoder that keys and shapes fit. The stem "nopool" has the keys of "default": it has to be named."""
-    for name in [args.encoder] if args.encoder else encoders.ENCODERS:
-        for stem in [args.stem] if args.stem else ("default", "small"):
-            try:
-                with torch.device("meta"):                                  # shapes without numbers
-                    encoders.fitting(state, encoders.build(name, 1, stem))
-                return name, stem
-            except ValueError as error:
-                why = str(error).removeprefix("the state dict: ")
-    if args.encoder:
-        raise UserError(f"{file}: {why}")
-    raise UserError(f"{file}: its keys and shapes are those of none of {', '.join(encoders.ENCODERS)}")
-
-
-def load_encoder(model, dataset, device):
-    """The network with its weights, for images with as many channels as the set has; mean and deviation as the file's neighbour says."""
-    beside, channels = model.file.with_suffix(".json"), dataset.images.shape[1]
-    try:
-        about = json.loads(beside.read_text()) if beside.is_file() else {}
-        values = [[float(v) for v in about.get(key) or getattr(dataset, key)] for key in ("mean", "std")]
-    except (ValueError, TypeError, AttributeError):
-        raise UserError(f"{beside}: damaged; it should hold the lists mean and std") from None
-    values = [v if len(v) == channels else [sum(v) / len(v)] * channels for v in values]
-    network = encoders.build(model.encoder, channels, model.stem, *values)
-    encoders.load(model.file, network)
-    if not all(v.isfinite().all() for v in network.state_dict().values()):
-        raise UserError(f"{model.file}: holds weights that are not finite")
-    return network.to(device, memory_format=torch.channels_last)
-
-
-def open_study(args, models, device):
-    """The images, and all encoders on them. One set of images for all rows: at the size, the channels and the column of the first run unless
-    flags say otherwise; an encoder made for other channels gets its first layer summed or spread."""
-    run = next((model for model in models if model.config), None)
-    made = run.config["data"] | run.config["arguments"] if run else {"data": None, "label": "label"}
-    path = args.data or made["data"]
-    if path is None:
-        raise UserError("--data FOLDER: no run says which images to look at" if models else "name a run, a file of weights, or --data FOLDER")
-    label = args.label or (made["label"] if made["data"] in (path, str(Path(path).resolve())) else "label")
-    size, channels = args.size or (run and run.config["data"]["size"]), args.channels or (run and run.config["data"]["channels"])
-    dataset = data.load(path, size, channels, label, args.cache)
-    study = Study(args, dataset, device, line_up(models, args, dataset), np.arange(len(dataset)) if dataset.groups is None else dataset.groups)
-    if dataset.splits is None:
-        study.dataset = dataset = data.split(dataset)
-        study.note(f"{dataset.name} has no splits: patients are dealt to train, val and test (70, 10, 20 %) from seed 0; an encoder that was "
-                   "pretrained on this set was trained on the images that are scored, though without labels")
-    if dataset.groups is None:
-        study.note(f"{dataset.name} has no patient numbers: every image counts as a patient of its own, and intervals may be too short")
-    shape = dataset.images.shape[1:]
-    if run and (args.size, args.channels) == (None, None):
-        study.note(f"images are loaded as {' x '.join(map(str, shape))}, as {run.name} saw them")
-    for model in models:
-        model.network = load_encoder(model, dataset, device)
-        seen = model.config["data"] if model.config else {"channels": shape[0], "size": shape[1]}
-        if (seen["channels"], seen["size"]) != shape[:2]:
-            study.note(f"{model.name} was trained on {seen['channels']} x {seen['size']} x {seen['size']} images and is scored on "
-                       f"{' x '.join(map(str, shape))} ones" + ", its first layer summed or spread over the channels" * (seen["channels"] != shape[0]))
-    return study
-
-
-def line_up(models, args, dataset):
-    """All rows: a random one for each kind of network, then the encoders, those of one run by their step, each with a name of its own."""
-    stem = args.stem or ("small" if dataset.images.shape[2] < 40 else "default")
-    kinds = list(dict.fromkeys((m.encoder, m.stem) for m in models)) or [(args.encoder or ("tiny" if args.data == "phantoms" else "resnet18"), stem)]
-    names = ["random"] if len(kinds) == 1 else [f"random {' '.join(kind)}" for kind in kinds]
-    runs = [model.name.split("@")[0] for model in models]
-    models = sorted(models, key=lambda m: (runs.index(m.name.split("@")[0]), m.step or math.inf))
-    lined = [Model(name, *kind) for name, kind in zip(names, kinds)] + models
-    for number, model in enumerate(lined):                                  # runs/a and old/a
-        if model.name in [earlier.name for earlier in lined[:number]]:
-            model.name += f" ({number})"
-    return lined
-
-
 # ---- in words
 
-def say_what(study, tasks, cells):
+def say_what(study, cells):
     """What is about to be done, task by task, with numbers of images and patients."""
-    args, dataset = study.args, study.dataset
-    print(f"{dataset.name}: images {' x '.join(map(str, dataset.images.shape[1:]))}; {len(study.models)} encoders on {study.device}, seeds: {args.seeds}")
-    told = set()
-    for task in tasks:
-        if task == "collapse":
-            print(f"collapse: {TASKS[task]}; {len(study.watched())} images")
+    dataset, settings, told = study.dataset, study.settings, set()
+    print(f"{dataset.name}: images {' x '.join(map(str, dataset.images.shape[1:]))}; {len(study.models)} encoders on {study.device}, "
+          f"seeds: {settings.seeds}")
+    for name in dict.fromkeys(cell.task for cell in cells):
+        task = TASKS[name]
+        if not task.target:
+            print(f"{name}: {task.words}; {len(study.watched())} images")
             continue
-        target = study.targets[TARGET[task]]
-        chosen = f"{CHOSEN[task]} chosen on validation: {count(study, target.rows['val'])}; " if task in CHOSEN else "nothing is chosen; "
-        per_epoch, steps, frozen = fits.schedule(args, task, target)
-        length = f" for {steps} steps of {args.batch} ({steps / per_epoch:.3g} epochs)" * (task in TRAINED)
-        first = f", in the first {frozen} the encoder is frozen" * (task in ("finetune", "unet") and frozen > 0)
-        print(f"{task}: {TASKS[task]}{length}{first}; {chosen}scored once on test: {count(study, target.rows['test'])}")
-        for condition in dict.fromkeys(c for t, c in cells if t == task and (TARGET[t], c[:2]) not in told):
-            told.add((TARGET[task], condition[:2]))
-            condition = condition._replace(augment=None)
-            each = [target.training(study.groups, condition.labels, condition.imbalance, seed) for seed in range(args.seeds)]
-            print(f"    {report.describe(condition)}: training on {count(study, each[0])}" + (" (first seed)" if args.seeds > 1 else ""))
-            lost = [c for i, c in enumerate(target.classes) if TARGET[task] == "labels" and any(i not in target.values[rows] for rows in each)]
-            if lost:
-                study.note(f"{report.describe(condition)}: in some seeds no training image of {', '.join(lost[:4])}"
-                           f"{f' and {len(lost) - 4} more classes' if len(lost) > 4 else ''}; scored with what is there")
+        target = study.targets[task.target]
+        print(f"{name}: {task.words}{length(settings, name, target)}; " + (f"{task.chosen} chosen on validation: "
+              f"{count(study, target.rows['val'])}; " if task.chosen else "nothing is chosen; ")
+              + f"scored once on test: {count(study, target.rows['test'])}")
+        for cell in (cell for cell in cells if cell.task == name):
+            if (task.target, cell[1:3]) not in told:
+                told.add((task.target, cell[1:3]))
+                say_training(study, target, cell._replace(augment=None), task.target == "labels")
+
+
+def length(settings, name, target):
+    if not TASKS[name].trains:
+        return ""
+    per_epoch, steps, frozen = tasks.schedule(settings, name, target)
+    first = f", in the first {frozen} the encoder is frozen" * (0 < frozen < steps)
+    return f" for {steps} steps of {settings.batch} ({steps / per_epoch:.3g} epochs){first}"
+
+
+def say_training(study, target, cell, labels):
+    """The images that a cell learns from, and which classes are not among them."""
+    seeds = range(study.settings.seeds)
+    each = [target.training(study.groups, cell.labels, cell.imbalance, seed) for seed in seeds]
+    print(f"    {report.describe(cell)}: training on {count(study, each[0])}" + (" (first seed)" if len(seeds) > 1 else ""))
+    lost = [c for i, c in enumerate(target.classes) if labels and any(i not in target.values[rows] for rows in each)]
+    if lost:
+        study.note(f"{report.describe(cell)}: in some seeds no training image of {', '.join(lost[:4])}"
+                   f"{f' and {len(lost) - 4} more classes' if len(lost) > 4 else ''}; scored with what is there")
 
 
 def count(study, rows):
@@ -297,7 +238,7 @@ def export(study, path):
     encoders.save(network, path)
     written = [str(path)]
     if network.conv1.in_channels == 1:
-        network.conv1.weight.data = network.conv1.weight.data.repeat(1, 3, 1, 1) / 3                         # (O, 3, k, k)
+        network.conv1.weight.data = network.conv1.weight.data.repeat(1, 3, 1, 1) / 3                        # (O, 3, k, k)
         network.mean, network.std = network.mean * 3, network.std * 3
         written.append(str(path.with_name(f"{path.stem}-rgb{path.suffix}")))
         encoders.save(network, written[-1])
@@ -306,11 +247,10 @@ def export(study, path):
 
 
 def save_features(study, path):
-    dataset = study.dataset
-    arrays = {}
+    dataset, arrays = study.dataset, {}
     for model in study.models:
-        arrays[f"features_{report.plain(model.name)}"] = fits.features_of(study, model, 0, everything=True)[0].numpy()
-        study.features.pop(None, None)
+        arrays[f"features_{file_name(model.name)}"] = study.features(model, 0, everything=True)[0].numpy()
+    study.kept.clear()                                                      # the tasks ask for fewer rows
     arrays |= {"patients": study.groups, "splits": dataset.splits}
     arrays |= {"labels": dataset.labels, "classes": np.array(dataset.classes)} if dataset.labels is not None else {}
     with files.whole(path) as temporary, open(temporary, "wb") as file:

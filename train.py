@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from medssl import METHODS
-from medssl.common import augment, cli, data, encoders, feed, features, files, loop, metrics, optim, plots, unet
+from medssl.common import augment, cli, data, encoders, feed, features, files, loop, metrics, optim, plots, sheets, unet
 from medssl.common.errors import UserError
 
 # On the built-in set these stand in for a method's RECIPE: small, and about two minutes on two CPU cores.
@@ -335,11 +335,11 @@ def report(method, monitor, seen, history, out, dataset, config, seconds, say):
     images = feed.batch(dataset.images, monitor.fixed[:8], "cpu")
     views, outs = seen
     flat = tuple(tensor for view in views for tensor in (view if isinstance(view, tuple) else (view,)))
-    plots.views_sheet(tuple(tensor.cpu() for tensor in flat), out / "views.png")
+    sheets.views_sheet(tuple(tensor.cpu() for tensor in flat), out / "views.png")
     if "restored" in outs:
         pictures = [tensor.cpu() for tensor in flat if tensor.ndim == 4 and tensor.is_floating_point()]
         clean = {1: pictures[0], 2: pictures[-1]}.get(len(pictures), images)    # the view itself under a mask; (distorted, target); else the image
-        plots.restored_sheet(clean, tuple(tensor.cpu() for tensor in flat), outs["restored"].float().cpu(), out / "restored.png")
+        sheets.restored_sheet(clean, tuple(tensor.cpu() for tensor in flat), outs["restored"].float().cpu(), out / "restored.png")
     draw_curves(history, out / "curves.png", monitor.start)
     plots.spectrum_chart(monitor.spectra, out / "spectrum.png")
     say(f"{history[-1]['step']} of {config.steps} steps in {seconds / 60:.1f} minutes")
@@ -348,8 +348,8 @@ def report(method, monitor, seen, history, out, dataset, config, seconds, say):
     if monitor.start is not None and "knn" in monitor.latest:
         say(f"kNN on validation images, balanced accuracy: {monitor.latest['knn']:.3f} trained, {monitor.start:.3f} before training, "
             f"{1 / len(np.unique(dataset.labels[monitor.val])):.3f} by chance")
-    pictures = ", ".join(p.name for p in sorted(out.glob("*.png")))
-    say(f"in {out}: encoder.pt, checkpoint.pt, log.jsonl, config.json; pictures {pictures}")
+    drawn = ", ".join(p.name for p in sorted(out.glob("*.png")))
+    say(f"in {out}: encoder.pt, checkpoint.pt, log.jsonl, config.json; pictures {drawn}")
     say(f"next: python evaluate.py {out}")
 
 

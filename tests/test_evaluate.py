@@ -13,7 +13,9 @@ from PIL import Image
 
 import evaluate
 from medssl.common import cli, encoders, metrics
-from medssl.common.evaluation import fits, readouts, report, subsets
+from medssl.common.evaluation import readouts, report, scores, study, subsets, tasks
+from medssl.common.evaluation.study import Cell, Model, Study
+from medssl.common.evaluation.tasks import TASKS
 from tests.common import batch
 
 FAST = ["--steps", "3", "--batch", "16", "--seeds", "2", "--device", "cpu"]
@@ -97,12 +99,17 @@ def whole(home, tmp_path_factory):
     """One evaluation with everything, watched: which rows each read-out was asked for, in order."""
     asked, out = [], tmp_path_factory.mktemp("out") / "results"
     patch = pytest.MonkeyPatch()
-    for name in ("by_neighbours", "by_linear_probe", "by_training"):
-        def solve(fit, original=getattr(fits, name)):
-            asked.append([fit.task])
-            predict, facts = original(fit)
-            return lambda rows: asked[-1].append(rows) or predict(rows), facts
-        patch.setattr(fits, name, solve)
+    answered = tasks.answered
+
+    def watch(fit, predict, **facts):
+        return answered(fit, lambda rows: asked[-1].append(rows) or predict(rows), **facts)
+
+    def run_one(study, cell, model, seed, original=tasks.run):
+        if TASKS[cell.task].target:
+            asked.append([cell.task])
+        return original(study, cell, model, seed)
+    patch.setattr(tasks, "answered", watch)
+    patch.setattr(tasks, "run", run_one)
     answers, probe = readouts.answers, readouts.linear_probe
     patch.setattr(readouts, "answers", lambda method, images, rows, *rest: asked[-1].append(rows) or answers(method, images, rows, *rest))
     patch.setattr(readouts, "linear_probe", lambda x, y, train, val, *rest: asked[-1].extend([train, val]) or probe(x, y, train, val, *rest))
@@ -148,7 +155,7 @@ def test_the_test_split_is_scored_once_and_last(whole):
     test = {i for i in range(96) if i // 4 % 4 == 1}
     for task, *rows in asked:
         kinds = [set(r) == test or bool(set(r) & test) and "mixed" for r in rows]
-        trained = task in fits.TRAINED                                      # there `answers` sees the same rows a second time
+        trained = TASKS[task].trains                                      # there `answers` sees the same rows a second time
         assert kinds == [False] * (len(kinds) - 1 - trained) + [True] * (1 + trained), task
 
 
@@ -166,7 +173,7 @@ def test_it_learns_what_is_there_and_no_more(npz):
 def test_series(home, capsys, monkeypatch):
     """Imbalance, resampling, strengths, freezing and checkpoints of one run; test images untouched."""
     tune, drawn = readouts.tune, []
-    monkeypatch.setattr(readouts, "tune", lambda *args: drawn.append((args[1].labels[args[2]], args[7], args[8])) or tune(*args))
+    monkeypatch.setattr(readouts, "tune", lambda *args: drawn.append((args[1].labels[args[2]], args[4].weights, args[4].head_rate)) or tune(*args))
     for step in (10, 9):
         Path("many").mkdir(exist_ok=True)
         (Path("many") / f"encoder-{step}.pt").write_bytes((home / "run/encoder.pt").read_bytes())
@@ -206,7 +213,7 @@ def test_other_sizes_channels_and_files(home, capsys):
     state = {f"module.{key}": value for key, value in big.state_dict().items()} | {"module.fc.weight": torch.zeros(9, 512)}
     torch.save({"state_dict": state}, "imagenet.pth")
     Path("imagenet.json").write_text(json.dumps({"mean": [0.1, 0.2, 0.6], "std": [0.1, 0.2, 0.3]}))
-    gray = evaluate.load_encoder(evaluate.Model("imagenet", "resnet18", "default", Path("imagenet.pth")), SimpleNamespace(images=np.zeros((1, 1, 8, 8))), "cpu")
+    gray = study.load_network(Model("imagenet", "resnet18", "default", Path("imagenet.pth")), SimpleNamespace(images=np.zeros((1, 1, 8, 8))), "cpu")
     assert gray.mean == pytest.approx((0.3,)) and gray.std == pytest.approx((0.2,))
     torch.testing.assert_close(gray.conv1.weight, big.conv1.weight.sum(1, keepdim=True))
     run("imagenet.pth", home / "run", "--task", "collapse", "--seeds", "1", "--device", "cpu", "--out", "two")
@@ -278,42 +285,46 @@ def test_evil_and_damaged_weights(home, capsys):
 def test_differences_are_taken_seed_by_seed():
     """Two random rows, two encoders, three seeds; each encoder is held against the random one of its own kind; a seed that one lacks is left out."""
     kinds = {"random a": ("a", None), "random b": ("b", None), "one": ("b", "file"), "two": ("a", "file")}
-    study = SimpleNamespace(models=[SimpleNamespace(name=name, encoder=kind, stem="default", file=file) for name, (kind, file) in kinds.items()])
-    assert report.base_of(study, "one") == "random b" and report.base_of(study, "two") == report.base_of(study, "random a") == "random a"
-    records = [{"model": name, "seed": seed, "units": np.arange(4), "rescore": lambda rows, v=0.1 * i + 0.01 * seed: np.array([v, 2 * v]),
-                "scores": {"dice": 0.1 * i + 0.01 * seed, "iou": 0.5}} for i, name in enumerate(kinds) for seed in range(3) if (name, seed) != ("one", 2)]
-    cells, differences = report.summarise(study, "unet", evaluate.Condition("1.0", None, "S1"), records)
-    assert [c["seeds"] for c in cells] == [2] * 4 and cells[2]["scores"]["dice"]["mean"] == pytest.approx(0.205)
-    found = {(d["first"], d["second"], d["metric"]): d for d in differences}
-    assert len(found) == 12 and found["two", "random a", "dice"]["mean"] == pytest.approx(0.3)
-    assert found["two", "random a", "dice"]["interval"] == pytest.approx([0.3, 0.3]) and found["two", "one", "iou"]["interval"] == pytest.approx([0.2, 0.2])
-    assert found["two", "one", "dice"]["half_width_over_seeds"] == pytest.approx(0, abs=1e-9)
+    own = Study(None, None, None, [Model(name, kind, "default", file) for name, (kind, file) in kinds.items()], None)
+    assert own.base_of("one") == "random b" and own.base_of("two") == own.base_of("random a") == "random a"
+    cell = Cell("unet", "1.0", None, "S1")
+
+    def record(name, seed, v):
+        scored = scores.Scored({"dice": v, "iou": 0.5}, ("dice", "iou"), lambda rows: np.array([v, 2 * v]), np.arange(4))
+        return tasks.Record(name, cell, seed, scored, 10, 5)
+    records = [record(name, seed, 0.1 * i + 0.01 * seed) for i, name in enumerate(kinds) for seed in range(3) if (name, seed) != ("one", 2)]
+    cells, differences = report.summarise(own, records)
+    assert [c.seeds for c in cells] == [2] * 4 and cells[2].mean("dice") == pytest.approx(0.205)
+    found = {(d.first, d.second, d.metric): d for d in differences}
+    assert len(found) == 12 and found["two", "random a", "dice"].mean == pytest.approx(0.3)
+    assert found["two", "random a", "dice"].interval == pytest.approx([0.3, 0.3]) and found["two", "one", "iou"].interval == pytest.approx([0.2, 0.2])
+    assert found["two", "one", "dice"].half_width_over_seeds == pytest.approx(0, abs=1e-9)
 
 
 def test_words():
-    assert report.describe(evaluate.Condition("7n", 10.0, "S2")) == "labels 7n, imbalance 10, S2"
+    assert report.describe(Cell("knn", "7n", 10.0, "S2")) == "labels 7n, imbalance 10, S2"
     assert report.tidy({"a": float("nan"), "b": np.float32(0.5), "c": (np.int64(3),)}) == {"a": None, "b": 0.5, "c": [3]}
-    assert report.plain("a/b c@10") == "a_b_c@10"
+    assert study.file_name("a/b c@10") == "a_b_c@10"
 
 
 def test_every_choice_is_made_on_the_validation_rows(whole):
     _, asked = whole
     validation = {i for i in range(96) if i // 4 % 4 == 3}
     for task, *rows in asked:
-        chosen = rows[:-2] if task in fits.TRAINED else rows[1:2] if task == "linear" else []
+        chosen = rows[:-2] if TASKS[task].trains else rows[1:2] if task == "linear" else []
         assert all(set(r) == validation for r in chosen) and (task == "knn" or chosen), task
 
 
 def test_intervals_draw_whole_patients():
     labels, groups = np.arange(40) % 2, np.arange(40) // 4
     target = subsets.Target(labels, ("a", "b"), labels, {"train": np.arange(20), "val": np.arange(0), "test": np.arange(20, 40)})
-    study = fits.Study(None, None, torch.device("cpu"), [], groups, targets={"labels": target}, features={None: (torch.randn(40, 3), "")})
-    record = fits.run(study, "knn", fits.Model("random", "tiny", "default"), fits.Condition("1.0", None, None), 0)
-    assert record["units"].tolist() == groups[20:].tolist()
+    own = Study(None, None, torch.device("cpu"), [], groups, targets={"labels": target}, kept={"random": (torch.randn(40, 3), "")})
+    record = tasks.run(own, Cell("knn", "1.0", None, None), Model("random", "tiny", "default"), 0)
+    assert record.scored.units.tolist() == groups[20:].tolist()
 
 
 def test_each_seed_has_its_own_order_and_head(home, monkeypatch):
     tune, seen = readouts.tune, []
-    monkeypatch.setattr(readouts, "tune", lambda method, *rest: seen.append((rest[3].seed, readouts.fingerprint(method.head))) or tune(method, *rest))
+    monkeypatch.setattr(readouts, "tune", lambda method, *rest: seen.append((rest[3].config.seed, readouts.fingerprint(method.head))) or tune(method, *rest))
     run(home / "run", "--task", "finetune", "--out", "out", *FAST)
     assert len(seen) == 4 and {seed for seed, _ in seen} == {0, 1} and len({head for _, head in seen}) == 2  # the same heads on both encoders

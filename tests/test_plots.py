@@ -4,9 +4,9 @@ import pytest
 import torch
 from PIL import Image
 
-from medssl.common import plots
+from medssl.common import pen, plots, sheets
 
-BLUE, ORANGE = plots.COLOURS[:2]
+BLUE, ORANGE = pen.COLOURS[:2]
 
 
 def pixels(path):
@@ -79,10 +79,10 @@ def test_ranges():
 
 def test_texts_fit():
     for text in ("a run with a long name", "runs/simclr-rbc_chula-56px-seed0/encoder.pt", "x" * 60, ""):
-        lines = plots.wrap(text, 80)
-        assert lines.replace("\n", "").replace(" ", "") == text.replace(" ", "") and plots.width_of(lines) <= 80
-        assert plots.wrap(text, 80, 13, 2).count("\n") <= 1
-    assert plots.plain("Läsion Δ ±1 °") == "Lasion ? ±1 °"
+        lines = pen.wrap(text, 80)
+        assert lines.replace("\n", "").replace(" ", "") == text.replace(" ", "") and pen.width_of(lines) <= 80
+        assert pen.wrap(text, 80, 13, 2).count("\n") <= 1
+    assert pen.plain("Läsion Δ ±1 °") == "Lasion ? ±1 °"
 
 
 def test_odd_charts_are_drawn(tmp_path):
@@ -112,16 +112,16 @@ def test_bars(tmp_path):
     out = tmp_path / "b.png"
     series, pictures = {"a": [0.25, 0.5], "b": [-0.25, np.nan]}, []
     for intervals in (None, {"a": ([0.2, np.nan], [0.7, np.nan])}):
-        plots.bars(["one", "two"], series, out, "title", "accuracy", intervals, {"chance": 0.8})
+        plots.bars(plots.Bars(["one", "two"], series, "title", "accuracy", intervals, {"chance": 0.8}), out)
         pictures.append(pixels(out)[:, :760])                               # without the legend
     lengths = np.unique(coloured(pictures[0], BLUE).sum(1))[1:]
     assert lengths[-1] == pytest.approx(2 * lengths[0], abs=3)
     positive, negative = (np.flatnonzero(coloured(pictures[0], colour).any(0)) for colour in (BLUE, ORANGE))
     assert negative.max() <= positive.min() + 1                             # from 0 to the left
-    caps = np.flatnonzero((coloured(pictures[1], plots.INK) & ~coloured(pictures[0], plots.INK)).sum(0) >= 7)
+    caps = np.flatnonzero((coloured(pictures[1], pen.INK) & ~coloured(pictures[0], pen.INK)).sum(0) >= 7)
     assert caps.max() - caps.min() == pytest.approx(lengths[-1], abs=3)     # 0.2 to 0.7 is as long as the bar of 0.5
     for groups, series in (([], {}), (["a"], {"": [np.nan]}), (["g" * 200], {"s": [1e-6]}), (["a", "b"], {})):
-        plots.bars(groups, series, out)
+        plots.bars(plots.Bars(groups, series), out)
         assert pixels(out).shape[1] == 900
 
 
@@ -142,26 +142,26 @@ def test_sheet(tmp_path):
     mask = np.zeros((2, 32, 32), np.uint8)
     mask[0, 8:24, 8:24] = 2
     mask[1] = 255                                                           # no mask: stays as it is
-    plots.sheet([("images", red)], out, titles=["one", "two"], masks=[mask])
+    sheets.sheet([("images", red, mask)], out, titles=["one", "two"])
     picture = pixels(out)
     assert coloured(picture, (255, 0, 0), 0).sum() == 2 * 96 ** 2 - 48 ** 2              # enlarged three times
-    outline = coloured(picture, plots.mask_colour(2), 0)
+    outline = coloured(picture, sheets.mask_colour(2), 0)
     assert outline.sum() == 4 * 47 and outline[:, :picture.shape[1] // 2].any()
-    plots.sheet([("", torch.full((5, 1, 96, 96), 0.5))], out, columns=2)
+    sheets.sheet([("", torch.full((5, 1, 96, 96), 0.5))], out, columns=2)
     grey = coloured(pixels(out), (128, 128, 128), 0)
     assert grey.sum() == 5 * 96 ** 2 and grey.any(1).sum() == 3 * 96 and grey.any(0).sum() == 2 * 96
     odd = {"large": torch.full((1, 2, 700, 350), 2.0), "nan": np.full((1, 1, 4, 6), np.nan), "half": red.bfloat16()}
-    plots.sheet(list(odd.items()), out)
+    sheets.sheet(list(odd.items()), out)
     assert pixels(out).shape[0] < 700
-    plots.sheet([], out)
-    plots.sheet([("none", np.zeros((0, 1, 8, 8)))], out)
+    sheets.sheet([], out)
+    sheets.sheet([("none", np.zeros((0, 1, 8, 8)))], out)
     assert [path.name for path in tmp_path.iterdir()] == ["s.png"]          # no temporary file is left
 
 
 def test_views_sheet(tmp_path):
     out, grey = tmp_path / "v.png", (128, 128, 128)
     first, second, third = (np.array(colour) / 255 for colour in ((255, 0, 0), (0, 255, 0), (0, 0, 255)))
-    pictures = [torch.tensor(colour[None, :, None, None]).expand(10, 3, 96, 96) for colour in (first, second, third)]
+    shown = [torch.tensor(colour[None, :, None, None]).expand(10, 3, 96, 96) for colour in (first, second, third)]
     mask = torch.zeros(10, 1, 3, 3, dtype=torch.bool)
     mask[:, :, 1, 1] = True
 
@@ -169,12 +169,12 @@ def test_views_sheet(tmp_path):
         return coloured(pixels(out), 255 * colour, 0).sum() / 96 ** 2
 
     ignored = torch.zeros(10, 2, 3), torch.zeros(10, 5, dtype=torch.long)
-    plots.views_sheet((pictures[0], pictures[1], mask, torch.arange(10), *ignored), out)
+    sheets.views_sheet((shown[0], shown[1], mask, torch.arange(10), *ignored), out)
     assert count(first) == pytest.approx(8 + 8 / 9) and count(second) == 8                    # one cell of nine is seen
-    plots.views_sheet((torch.stack(pictures, 1),), out)
+    sheets.views_sheet((torch.stack(shown, 1),), out)
     assert count(first) == count(second) == count(third) == 8
-    plots.views_sheet(ignored, out)
-    plots.restored_sheet(pictures[0], (pictures[1], mask), pictures[2], out)
+    sheets.views_sheet(ignored, out)
+    sheets.restored_sheet(shown[0], (shown[1], mask), shown[2], out)
     assert count(first) == count(third) == 8 and count(second) == pytest.approx(8 / 9)
     rows = [np.flatnonzero(coloured(pixels(out), 255 * colour, 0).any(1)).mean() for colour in (first, second, third)]
     assert rows == sorted(rows) and coloured(pixels(out), grey, 0).sum() >= 8 * 8 * 32 ** 2
@@ -183,8 +183,8 @@ def test_views_sheet(tmp_path):
 def test_overlays(tmp_path):
     target, prediction = np.zeros((2, 1, 64, 64), int)
     target[0, 10:30, 10:30] = prediction[0, 40:60, 40:60] = 1
-    plots.overlays(torch.zeros(1, 1, 64, 64), target, torch.tensor(prediction), ["worst: Dice 0"], tmp_path / "o.png")
+    sheets.overlays(torch.zeros(1, 1, 64, 64), target, torch.tensor(prediction), ["worst: Dice 0"], tmp_path / "o.png")
     picture = pixels(tmp_path / "o.png")[:-45]                              # without the legend
-    truth, guess = (np.argwhere(coloured(picture, plots.COLOURS[number], 0)).mean(0) for number in (4, 5))
+    truth, guess = (np.argwhere(coloured(picture, pen.COLOURS[number], 0)).mean(0) for number in (4, 5))
     assert guess - truth == pytest.approx(np.array([120, 120]), abs=1)      # 30 pixels, enlarged four times
-    assert coloured(picture, plots.COLOURS[5], 0).sum() == 80 ** 2 - 76 ** 2            # inside the mask
+    assert coloured(picture, pen.COLOURS[5], 0).sum() == 80 ** 2 - 76 ** 2            # inside the mask

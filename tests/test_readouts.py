@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from medssl.common import augment, feed, loop, metrics
-from medssl.common.evaluation import readouts, subsets
+from medssl.common.evaluation import readouts, scores, subsets
 from medssl.common.features import extract, knn, set_statistics
 from medssl.common.data import Dataset
 from tests.common import batch, tiny_encoder
@@ -132,7 +132,7 @@ def test_a_frozen_encoder_stays_as_it_is():
     for method in (readouts.Classifier(encoder, augment.build("S1", 32), 2),
                    readouts.Segmenter(encoder, augment.build("S1", 32), readouts.LinearHead(encoder.widths, encoder.strides, 2), 2)):
         before, head = readouts.fingerprint(encoder), readouts.fingerprint(method.head)
-        readouts.tune(method, data, np.arange(24), lambda m: 0.0, config(), look=2, frozen_steps=4)
+        readouts.tune(method, data, np.arange(24), lambda m: 0.0, readouts.Training(config(), look=2, frozen_steps=4))
         assert readouts.fingerprint(encoder) == before and readouts.fingerprint(method.head) != head
         assert not any(p.requires_grad for p in encoder.parameters()) and not any(m.training for m in encoder.modules())
     assert modes and not any(modes)
@@ -150,11 +150,11 @@ def test_freeze_then_release_is_two_fits(monkeypatch):
     monkeypatch.setattr(loop, "fit", fit)
     method = readouts.Classifier(tiny_encoder(), augment.build("S1", 32), 2)
     before, drawn = readouts.fingerprint(method.encoder), np.linspace(1, 2, 24)
-    curve = readouts.tune(method, data, np.arange(24), lambda m: 0.0, config(steps=5, seed=7), look=2, frozen_steps=2, weights=drawn, head_rate=10.0)
+    curve = readouts.tune(method, data, np.arange(24), lambda m: 0.0, readouts.Training(config(steps=5, seed=7), look=2, frozen_steps=2, weights=drawn, head_rate=10.0))
     assert [step for step, _ in curve] == [0, 2, 4, 5]
     assert [f[:4] for f in fits] == [(2, 14, False, {10.0}), (3, 15, True, {1.0, 10.0})] and all(f[4] is drawn for f in fits)
     assert readouts.fingerprint(method.encoder) == before                   # the best score came first, while all was frozen
-    readouts.tune(method, data, np.arange(24), counter(), config(), look=2)
+    readouts.tune(method, data, np.arange(24), counter(), readouts.Training(config(), look=2))
     assert readouts.fingerprint(method.encoder) != before
 
 
@@ -170,17 +170,21 @@ def test_the_best_weights_on_validation_remain():
     def score(method):
         states.append(readouts.fingerprint(method))
         return next(scores)
-    curve = readouts.tune(method, data, np.arange(24), score, config(), look=1)
+    curve = readouts.tune(method, data, np.arange(24), score, readouts.Training(config(), look=1))
     assert curve == [(0, 0.9), (1, 0.2), (2, 0.7), (3, 0.7), (4, 0.1)]
     assert readouts.fingerprint(method) == states[2]                        # the first of the best; not the untrained, which is no result
-    assert readouts.steps_to(curve[1:], 0.7) == 2 and math.isnan(readouts.steps_to(curve, 1.0))
+
+
+def test_the_first_step_at_a_level():
+    curve = [(0, 0.9), (1, 0.2), (2, 0.7), (3, 0.7)]
+    assert scores.steps_to(curve[1:], 0.7) == 2 and math.isnan(scores.steps_to(curve, 1.0))
 
 
 def test_an_interrupted_fit_is_not_a_result(monkeypatch):
     original = loop.fit
     monkeypatch.setattr(loop, "fit", lambda *args: (record for _, record in zip(range(2), original(*args))))
     with pytest.raises(KeyboardInterrupt):
-        readouts.tune(readouts.Classifier(tiny_encoder(), augment.build("S0", 32), 2), pictures(), np.arange(24), lambda m: 0.0, config(), look=1)
+        readouts.tune(readouts.Classifier(tiny_encoder(), augment.build("S0", 32), 2), pictures(), np.arange(24), lambda m: 0.0, readouts.Training(config(), look=1))
 
 
 def test_weights_balance_what_is_drawn():
@@ -197,21 +201,24 @@ def test_mask_scores_by_hand():
     masks[0], predictions[0] = [[1, 1], [0, 0]], [[1, 0], [0, 0]]
     predictions[1] = [[0, 0], [0, 1]]
     masks[2], predictions[2] = [[1, 0], [0, 0]], [[0, 0], [2, 2]]
-    scores, again, units, single = readouts.mask_scores(predictions, masks, ("0", "1", "2"), np.array([5, 5, 9]))
-    assert scores["dice 1"] == pytest.approx((2 * 1 / (2 + 2) + 0) / 2) and scores["dice 2"] == 0
-    assert scores["dice_per_slice 1"] == pytest.approx((2 / 3 + 0 + 0) / 3) and scores["iou 1"] == pytest.approx((1 / 3) / 2)
-    assert scores["dice"] == pytest.approx((0.25 + 0) / 2)                  # background is not in the mean
-    assert units.tolist() == [0, 1] and again(np.arange(2)) == pytest.approx([scores["dice"], scores["iou"]])
-    assert np.isnan(single[0, 1]) and again(np.array([0, 0])) == pytest.approx([0.5, 1 / 3])                 # class 2 is nowhere: left out
+    counts = scores.pixel_counts(predictions, masks, 3)
+    scored, single = scores.mask_scores(counts, ("0", "1", "2"), np.array([5, 5, 9])), scores.slice_dice(counts)
+    found, again = scored.scores, scored.again
+    assert found["dice 1"] == pytest.approx((2 * 1 / (2 + 2) + 0) / 2) and found["dice 2"] == 0
+    assert found["dice_per_slice 1"] == pytest.approx((2 / 3 + 0 + 0) / 3) and found["iou 1"] == pytest.approx((1 / 3) / 2)
+    assert found["dice"] == pytest.approx((0.25 + 0) / 2)                  # background is not in the mean
+    assert scored.units.tolist() == [0, 1] and again(np.arange(2)) == pytest.approx([found["dice"], found["iou"]])
+    assert single[2] == 0 and np.isnan(scores.slice_dice(counts[:, :, :1])).all() and again(np.array([0, 0])) == pytest.approx([0.5, 1 / 3])                 # class 2 is nowhere: left out
 
 
 def test_class_scores_are_the_metrics():
     generator = np.random.default_rng(0)
     for classes in (2, 3):
         labels, shares = generator.integers(classes, size=50), generator.dirichlet(np.ones(classes), 50)
-        scores, again, units = readouts.class_scores(labels, shares, tuple("abc"[:classes]), np.arange(50))
-        assert scores["auc"] == metrics.auc(labels, shares) and scores["recall b"] == metrics.recalls(labels, shares.argmax(1))[1]
-        assert again(np.arange(50)).tolist() == [scores["balanced_accuracy"], scores["auc"]][:4 - classes]
+        scored = scores.class_scores(labels, shares, tuple("abc"[:classes]), np.arange(50))
+        found = scored.scores
+        assert found["auc"] == metrics.auc(labels, shares) and found["recall b"] == metrics.recalls(labels, shares.argmax(1))[1]
+        assert scored.again(np.arange(50)).tolist() == [found["balanced_accuracy"], found["auc"]][:4 - classes]
 
 
 # ---- rows
@@ -223,7 +230,7 @@ def test_subsets_are_nested_stratified_and_by_patient():
     rows = np.arange(1000, 1600)
     order = subsets.in_order(rows, groups, labels, seed=3)
     assert sorted(order) == rows.tolist() and order.tolist() != subsets.in_order(rows, groups, labels, seed=4).tolist()
-    parts = [subsets.beginning(order, groups[order - 1000], amount) - 1000 for amount in ("7n", "0.1", "0.25", "0.5", "1.0")]
+    parts = [subsets.prefix(order, groups[order - 1000], amount) - 1000 for amount in ("7n", "0.1", "0.25", "0.5", "1.0")]
     assert len(parts[0]) == 7 and len(parts[-1]) == 600
     for small, large in zip(parts, parts[1:]):
         assert set(small) < set(large)
@@ -234,7 +241,7 @@ def test_subsets_are_nested_stratified_and_by_patient():
     alone = subsets.in_order(rows, np.arange(600), labels, seed=0) - 1000   # every image its own patient: the shares hold from the start
     assert abs(labels[alone[:20]].mean() - labels.mean()) <= 0.05
     with pytest.raises(ValueError, match="--labels 601n"):
-        subsets.beginning(order, groups[order - 1000], "601n")
+        subsets.prefix(order, groups[order - 1000], "601n")
 
 
 def test_the_rare_class_is_made_rarer():

@@ -135,17 +135,24 @@ def overlap(prediction, target, classes):
             for mask in (target[prediction == target], prediction, target)]
 
 
+def dice_of(both, predicted, true):
+    """2 |both| / (|predicted| + |true|) of pixel counts; nan where a class is in neither mask, 0 where it is in one."""
+    return ratio(2 * np.asarray(both), np.asarray(predicted) + true)
+
+
+def iou_of(both, predicted, true):
+    """|both| / |either| of pixel counts; nan and 0 as in `dice_of`."""
+    return ratio(both, np.asarray(predicted) + true - both)
+
+
 def dice(prediction, target, classes):
-    """(classes,) 2 |both| / (|prediction| + |target|) over all pixels handed in: one slice, or a patient's slices
-    stacked. nan where the class is in neither mask; 0 where it is in one only."""
-    both, predicted, true = overlap(prediction, target, classes)
-    return ratio(2 * both, predicted + true)
+    """(classes,) over all pixels handed in: one slice, or a patient's slices stacked."""
+    return dice_of(*overlap(prediction, target, classes))
 
 
 def iou(prediction, target, classes):
-    """(classes,) |both| / |either|; nan and 0 as in `dice`."""
-    both, predicted, true = overlap(prediction, target, classes)
-    return ratio(both, predicted + true - both)
+    """(classes,) over all pixels handed in."""
+    return iou_of(*overlap(prediction, target, classes))
 
 
 # ---- features

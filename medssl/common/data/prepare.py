@@ -32,7 +32,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from .. import cli, plots
+from .. import cli, sheets
 from ..errors import UserError
 from . import dataset as sets
 from . import decode, load, readers, sources
@@ -438,8 +438,8 @@ def draw(dataset, path):
     if dataset.labels is not None:
         titles = [dataset.classes[label] if label >= 0 else "no label" for label in dataset.labels[rows]]
     images = dataset.images[rows] / np.float32(np.iinfo(dataset.images.dtype).max)
-    masks = None if dataset.masks is None else [dataset.masks[rows]]
-    plots.sheet([("", images)], path, titles=titles, masks=masks, columns=8)
+    masks = [] if dataset.masks is None else [dataset.masks[rows]]
+    sheets.sheet([("", images, *masks)], path, titles=titles, columns=8)
 
 
 def report_volumes(source, path, size=192):
@@ -458,4 +458,4 @@ def report_volumes(source, path, size=192):
         if mask is not None and mask.shape == array.shape:
             layer = slices(mask, source, row, 0)[middle].astype(np.uint8)
             masks[-1] = decode.fitted(layer, size, "pad", Image.NEAREST)
-    plots.sheet([("", np.stack(pictures))], path, masks=[np.stack(masks)] if source.masks else None, columns=6)
+    sheets.sheet([("", np.stack(pictures), *([np.stack(masks)] if source.masks else []))], path, columns=6)

@@ -1,6 +1,6 @@
-"""What an encoder is worth: its frozen features under a kNN or a linear layer, or the encoder itself trained further with labels.
+"""What labels are read out with: a linear probe on frozen features, or heads that the loop trains.
 
-Frozen read-outs        knn, linear_probe (on features extracted once), Segmenter with a LinearHead
+Frozen read-outs        linear_probe (on features extracted once), Segmenter with a LinearHead
 Trained read-outs       Classifier, Segmenter with a U-Net decoder; both keep to the contract of a method and train through loop.fit
 Choosing                every choice (L2, epoch) is made on validation rows; none of these functions ever sees a test row before it is made
 """
@@ -8,7 +8,7 @@ Choosing                every choice (L2, epoch) is made on validation rows; non
 import copy
 import hashlib
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -189,18 +189,30 @@ def answers(method, images, rows, device, size=128):
     return torch.cat(parts).numpy()
 
 
-def tune(method, dataset, rows, score, config, look, frozen_steps=0, weights=None, head_rate=1.0):
-    """Train with the loop: `frozen_steps` with the encoder frozen, then (a second fit, a fresh optimiser) all of it. score(method) on validation
-    images is taken every `look` steps, and the weights with the best one are those that remain. Returns [(step, score)], before training first."""
+@dataclass(frozen=True)
+class Training:
+    """How a read-out is trained."""
+    config: loop.Config
+    look: int                                   # steps between two looks at the validation score
+    frozen_steps: int = 0                       # of config.steps, with the encoder frozen
+    weights: np.ndarray | None = None           # how often each row is drawn
+    head_rate: float = 1.0                      # the head's learning rate, as a multiple of the encoder's
+
+
+def tune(method, dataset, rows, score, training):
+    """Train with the loop: first with the encoder frozen, then (a second fit, a fresh optimiser) all of it.
+    score(method) on validation images is taken at every look, and the weights with the best one are those that remain.
+    Returns [(step, score)], before training first."""
+    config, look = training.config, training.look
     method.to(loop.processes(config.device)[2])
     curve, best, done = [(0, score(method))], None, 0
-    for phase, steps in enumerate((frozen_steps, config.steps - frozen_steps)):
+    for phase, steps in enumerate((training.frozen_steps, config.steps - training.frozen_steps)):
         if not steps:
             continue
         (release if phase else freeze)(method.encoder)
         part = replace(config, steps=steps, warmup=min(config.warmup, steps // 10), seed=2 * config.seed + phase, log_every=look)
-        groups = optim.parameter_groups(method, config.weight_decay, {"head.": head_rate})
-        for record in loop.fit(method, dataset, part, rows, weights, groups):
+        groups = optim.parameter_groups(method, config.weight_decay, {"head.": training.head_rate})
+        for record in loop.fit(method, dataset, part, rows, training.weights, groups):
             if record["step"] % look == 0 or record["step"] == steps:
                 curve.append((done + record["step"], score(method)))
                 if best is None or curve[-1][1] > best[0]:
@@ -210,49 +222,3 @@ def tune(method, dataset, rows, score, config, look, frozen_steps=0, weights=Non
         done += steps
     method.load_state_dict(best[1])
     return curve
-
-
-def steps_to(curve, level):
-    """The first step at which a validation curve reaches this level; nan if it never does."""
-    return next((step for step, score in curve if score >= level), math.nan)
-
-
-# ---- scores, each as (name: value), and what the bootstrap draws from: a function of rows, and the patient of each row
-
-def class_scores(labels, shares, classes, groups):
-    """shares (N, K). AUC is in the bootstrap where there are two classes; with many it would take minutes."""
-    predictions, two = shares.argmax(1), shares.shape[1] == 2
-    found = metrics.recalls(labels, predictions, len(classes))              # (K,)
-    scores = {"balanced_accuracy": metrics.balanced_accuracy(labels, predictions), "auc": metrics.auc(labels, shares),
-              "accuracy": metrics.accuracy(labels, predictions), "macro_f1": metrics.macro_f1(labels, predictions),
-              "average_precision": metrics.average_precision(labels, shares), "quadratic_kappa": metrics.quadratic_kappa(labels, predictions)}
-    scores |= {f"recall {name}": float(value) for name, value in zip(classes, found)}
-
-    def rescore(rows):
-        draw = [metrics.balanced_accuracy(labels[rows], predictions[rows])]
-        return np.array(draw + [metrics.auc(labels[rows], shares[rows])] if two else draw)
-    return scores, rescore, groups
-
-
-def mask_scores(predictions, masks, classes, groups):
-    """Dice and IoU per class, over a patient's slices together and per slice, and their mean over the classes but background. A class that is
-    in neither mask has no value there and is left out of the mean; one that is in a single mask counts as 0."""
-    counts = np.array([metrics.overlap(p, m, len(classes)) for p, m in zip(predictions, masks)], float)      # (N, 3, K)
-    patient = np.unique(groups, return_inverse=True)[1]
-    sums = np.zeros((patient.max() + 1, *counts.shape[1:]))                                                  # (patients, 3, K)
-    np.add.at(sums, patient, counts)
-    scores, single = {}, {}
-    for unit, (both, predicted, true) in (("", sums.swapaxes(0, 1)), ("_per_slice", counts.swapaxes(0, 1))):
-        for name, values in (("dice", metrics.ratio(2 * both, predicted + true)), ("iou", metrics.ratio(both, predicted + true - both))):
-            each = mean_by_class(values)                                    # (K,)
-            scores[name + unit] = metrics.mean_defined(each[1:])
-            scores |= {f"{name}{unit} {c}": float(value) for c, value in list(zip(classes, each))[1:]}
-            single[name + unit] = values                                    # (patients or N, K)
-
-    def rescore(rows):
-        return np.array([metrics.mean_defined(mean_by_class(single[name][rows, 1:])) for name in ("dice", "iou")])
-    return scores, rescore, np.arange(len(sums)), single["dice_per_slice"][:, 1:]
-
-
-def mean_by_class(values):
-    return metrics.ratio(np.nansum(values, 0), (~np.isnan(values)).sum(0))

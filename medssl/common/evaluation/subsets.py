@@ -35,7 +35,7 @@ class Target:
                 rows = thinned(rows, self.strata[rows], self.rare, ratio)
             self.orders[seed, ratio] = in_order(rows, groups[rows], self.strata[rows], seed)
         order = self.orders[seed, ratio]
-        return beginning(order, groups[order], amount)
+        return prefix(order, groups[order], amount)
 
 
 def find_target(dataset, groups, kind, note):
@@ -54,7 +54,7 @@ def find_target(dataset, groups, kind, note):
             raise UserError(f"{dataset.name}: no image of the {name} split has a {kind[:-1]}")
     if not len(rows["val"]):
         order = in_order(rows["train"], groups[rows["train"]], strata[rows["train"]], 0)
-        rows["val"] = beginning(order, groups[order], "0.15")
+        rows["val"] = prefix(order, groups[order], "0.15")
         rows["train"] = np.setdiff1d(rows["train"], rows["val"])
         note(f"{dataset.name} has no validation split with {kind}: {len(rows['val'])} training images are kept for it")
     seen = {name: set(np.flatnonzero(held[own].any(0)) if kind == "masks" else values[own]) for name, own in rows.items()}
@@ -71,7 +71,7 @@ def find_target(dataset, groups, kind, note):
 
 
 def in_order(rows, groups, strata, seed, tries=16):
-    """The rows patient by patient, in an order whose every beginning holds the strata (classes) in about their shares of the whole: of the next
+    """The rows patient by patient, in an order whose every prefix holds the strata (classes) in about their shares of the whole: of the next
     `tries` patients of a shuffled list, the one that brings the shares nearest comes first. So subsets are nested, by patient and stratified."""
     _, member = np.unique(groups, return_inverse=True)
     strata = np.unique(strata, return_inverse=True)[1]
@@ -92,7 +92,7 @@ def in_order(rows, groups, strata, seed, tries=16):
     return np.concatenate([in_order(rows[own], own, strata[own], seed, tries) for own in (members[g] for g in chosen)])
 
 
-def beginning(order, groups, amount):
+def prefix(order, groups, amount):
     """The first rows of an order: "0.25" the whole patients that come nearest to this share of the images, "7n" seven images, and with them the
     patients begun. groups: the patient of each row in this order."""
     if amount.endswith("n"):

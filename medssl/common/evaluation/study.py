@@ -1,0 +1,246 @@
+"""What is compared, and on what: the settings, the models (the rows of every table), the images.
+
+A model is a network with its weights, or with random ones. `rows` always means row numbers of the data set.
+"""
+
+import copy
+import json
+import math
+import re
+from collections import namedtuple
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from .. import data, encoders, files
+from ..errors import UserError
+from ..features import extract
+from .readouts import fingerprint
+
+Cell = namedtuple("Cell", "task labels imbalance augment")                 # None where a task has no such choice
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the models are compared. The flags of these names say in `evaluate.py --help` what each is."""
+    labels: tuple = ("1.0",)
+    imbalance: tuple = (None,)
+    augment: tuple = ("S1",)
+    resample: bool = False
+    freeze: float = 0
+    epochs: float = 10
+    steps: int | None = None
+    batch: int = 64
+    lr: float = 1e-3
+    head_lr: float | None = None
+    loss: str | None = None
+    transfer: str = "encoder"
+    seeds: int = 3
+    device: str = "auto"
+    amp: str = "off"
+
+
+@dataclass
+class Model:
+    """One row of the tables. file None: random weights."""
+    name: str
+    encoder: str
+    stem: str
+    file: Path | None = None
+    config: dict | None = None                  # of the run that the file lies in
+    step: int | None = None                     # of its pretraining, where the file's name says so
+    network: torch.nn.Module | None = None
+
+    def fresh(self, study, seed):
+        """The encoder as it is before a read-out; a random one is drawn anew from every seed."""
+        if self.file:
+            return copy.deepcopy(self.network)
+        torch.manual_seed(seed)
+        dataset = study.dataset
+        network = encoders.build(self.encoder, dataset.images.shape[1], self.stem, dataset.mean, dataset.std)
+        return network.to(study.device, memory_format=torch.channels_last)
+
+
+@dataclass
+class Study:
+    settings: Settings
+    dataset: data.Dataset
+    device: torch.device
+    models: list
+    groups: np.ndarray                          # (N,) patient of each image
+    out: Path | None = None                     # folder of the results
+    targets: dict = field(default_factory=dict)                             # "labels", "masks": Target
+    notes: list = field(default_factory=list)                               # one line each, said once
+    kept: dict = field(default_factory=dict)    # features and hash, by name of the model
+
+    def note(self, line):
+        if line not in self.notes:
+            self.notes.append(line)
+            tqdm.write(f"note: {line}")
+
+    def base_of(self, name):
+        """The random model of the same network."""
+        own = next(m for m in self.models if m.name == name)
+        kinds = [m for m in self.models if not m.file and (m.encoder, m.stem) == (own.encoder, own.stem)]
+        return kinds[0].name
+
+    def watched(self):
+        """Up to 1000 test images for the spectrum; of all images where there is no test split."""
+        rows = self.dataset.rows("test")
+        rows = rows if len(rows) else np.arange(len(self.dataset))
+        return np.random.default_rng(0).permutation(rows)[:1000]
+
+    def features(self, model, seed, everything=False):
+        """Features (N, D) of all images that read-outs ask for (or of everything), and the encoder's hash, which
+        extraction must not change."""
+        if model.name not in self.kept:
+            network = model.fresh(self, seed)
+            before = fingerprint(network)
+            asked = [self.watched(), *(self.targets["labels"].rows.values() if "labels" in self.targets else [])]
+            rows = np.arange(len(self.dataset)) if everything else np.unique(np.concatenate(asked))
+            found = extract(network, self.dataset.images, rows, self.device)
+            features = torch.zeros(len(self.dataset), found.shape[1])
+            features[rows] = found                                          # (N, D)
+            self.kept[model.name] = features, unchanged(before, network)
+        return self.kept[model.name]
+
+    def forget_random(self):
+        """Before the next seed: its random networks are others."""
+        for model in self.models:
+            if not model.file:
+                self.kept.pop(model.name, None)
+
+
+def unchanged(before, network):
+    if fingerprint(network) != before:
+        raise RuntimeError("the frozen encoder has changed: a mistake in the program, its scores are worth nothing")
+    return before
+
+
+def file_name(text):
+    """A name that can be part of a file's."""
+    return re.sub(r"[^\w.@+-]+", "_", text)
+
+
+# ---- opening
+
+@dataclass(frozen=True)
+class Where:
+    """Which images to look at, and as what network to take what does not say so itself. None: as the first run has it."""
+    data: str | None = None
+    label: str | None = None
+    size: int | None = None
+    channels: int | None = None
+    encoder: str | None = None
+    stem: str | None = None
+    cache: str | None = None
+
+
+def open_study(paths, where, settings, device):
+    """The images, and all models on them. One set of images for all rows: at the size, the channels and the column of
+    the first run unless told otherwise; an encoder made for other channels gets its first layer summed or spread."""
+    models = [describe(path, where) for path in paths]
+    run = next((model for model in models if model.config), None)
+    dataset = open_images(where, models, run)
+    groups = np.arange(len(dataset)) if dataset.groups is None else dataset.groups
+    study = Study(settings, dataset, device, line_up(models, where, dataset), groups)
+    if dataset.splits is None:
+        study.dataset = dataset = data.split(dataset)
+        study.note(f"{dataset.name} has no splits: patients are dealt to train, val and test (70, 10, 20 %) from seed 0; an encoder that was "
+                   "pretrained on this set was trained on the images that are scored, though without labels")
+    if dataset.groups is None:
+        study.note(f"{dataset.name} has no patient numbers: every image counts as a patient of its own, and intervals may be too short")
+    shape = dataset.images.shape[1:]
+    if run and (where.size, where.channels) == (None, None):
+        study.note(f"images are loaded as {' x '.join(map(str, shape))}, as {run.name} saw them")
+    for model in models:
+        model.network = load_network(model, dataset, device)
+        seen = model.config["data"] if model.config else {"channels": shape[0], "size": shape[1]}
+        if (seen["channels"], seen["size"]) != shape[:2]:
+            spread = ", its first layer summed or spread over the channels" * (seen["channels"] != shape[0])
+            study.note(f"{model.name} was trained on {seen['channels']} x {seen['size']} x {seen['size']} images and is "
+                       f"scored on {' x '.join(map(str, shape))} ones{spread}")
+    return study
+
+
+def open_images(where, models, run):
+    made = run.config["data"] | run.config["arguments"] if run else {"data": None, "label": "label"}
+    path = where.data or made["data"]
+    if path is None:
+        raise UserError("--data FOLDER: no run says which images to look at" if models
+                        else "name a run, a file of weights, or --data FOLDER")
+    own = made["data"] in (path, str(Path(path).resolve()))
+    return data.load(path, where.size or (run and run.config["data"]["size"]),
+                     where.channels or (run and run.config["data"]["channels"]),
+                     where.label or (made["label"] if own else "label"), where.cache)
+
+
+def describe(path, where):
+    """The model that a run's folder or a file of weights stands for."""
+    path = Path(path)
+    file, folder = (path / "encoder.pt", path) if path.is_dir() else (path, path.parent)
+    if path.is_dir() and not file.is_file():
+        raise UserError(f"{path}: holds no encoder.pt: neither a run nor a file of weights")
+    state = files.load_torch(file)
+    step = re.fullmatch(r"encoder-(\d+)", file.stem)
+    name = folder.resolve().name if file.stem.startswith("encoder") else file.stem
+    name += f"@{step[1]}" if step else ""
+    if not (folder / "config.json").is_file():
+        return Model(name, *guess(state, where, file), file)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        _ = [config["arguments"][key] for key in ("data", "label")] + [config["data"][key] for key in ("channels", "size")]
+        return Model(name, config["encoder"]["name"], config["encoder"]["stem"], file, config, int(step[1]) if step else None)
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{folder / 'config.json'}: damaged; leave it away and the file is taken as bare weights") from None
+
+
+def guess(state, where, file):
+    """The encoder that keys and shapes fit. The stem "nopool" has the keys of "default": it has to be named."""
+    for name in [where.encoder] if where.encoder else encoders.ENCODERS:
+        for stem in [where.stem] if where.stem else ("default", "small"):
+            try:
+                with torch.device("meta"):                                  # shapes without numbers
+                    encoders.fitting(state, encoders.build(name, 1, stem))
+                return name, stem
+            except UserError as error:
+                why = str(error).removeprefix("the state dict: ")
+    if where.encoder:
+        raise UserError(f"{file}: {why}")
+    raise UserError(f"{file}: its keys and shapes are those of none of {', '.join(encoders.ENCODERS)}")
+
+
+def load_network(model, dataset, device):
+    """The network with its weights, for images with as many channels as the set has; mean and deviation as the file's
+    neighbour says."""
+    beside, channels = model.file.with_suffix(".json"), dataset.images.shape[1]
+    try:
+        about = json.loads(beside.read_text()) if beside.is_file() else {}
+        values = [[float(v) for v in about.get(key) or getattr(dataset, key)] for key in ("mean", "std")]
+    except (ValueError, TypeError, AttributeError):
+        raise UserError(f"{beside}: damaged; it should hold the lists mean and std") from None
+    values = [v if len(v) == channels else [sum(v) / len(v)] * channels for v in values]
+    network = encoders.build(model.encoder, channels, model.stem, *values)
+    encoders.load(model.file, network)
+    if not all(v.isfinite().all() for v in network.state_dict().values()):
+        raise UserError(f"{model.file}: holds weights that are not finite")
+    return network.to(device, memory_format=torch.channels_last)
+
+
+def line_up(models, where, dataset):
+    """All models: a random one for each kind of network, then the given ones, those of one run by their step, each with
+    a name of its own."""
+    stem = where.stem or ("small" if dataset.images.shape[2] < 40 else "default")
+    kinds = list(dict.fromkeys((m.encoder, m.stem) for m in models))
+    kinds = kinds or [(where.encoder or ("tiny" if where.data == "phantoms" else "resnet18"), stem)]
+    names = ["random"] if len(kinds) == 1 else [f"random {' '.join(kind)}" for kind in kinds]
+    runs = [model.name.split("@")[0] for model in models]
+    models = sorted(models, key=lambda m: (runs.index(m.name.split("@")[0]), m.step or math.inf))
+    lined = [Model(name, *kind) for name, kind in zip(names, kinds)] + models
+    for number, model in enumerate(lined):                                  # runs/a and old/a
+        if model.name in [earlier.name for earlier in lined[:number]]:
+            model.name += f" ({number})"
+    return lined
