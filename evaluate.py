@@ -1,16 +1,22 @@
-"""What are an encoder's features worth? One command, one table, and always a row for the same network with random weights.
+"""What are features worth? One command, one table, and always rows for the same network with random weights.
 
-    python evaluate.py runs/a                                             the run's own images: kNN, linear probe, linear segmentation, spectrum
-    python evaluate.py runs/a runs/b imagenet.pth --labels 1.0 0.1 7n     several encoders, with fewer and fewer labels
-    python evaluate.py runs/a --task finetune --freeze 10 --epochs 50     train all of it; leaves an encoder.pt that train.py --init takes
-    python evaluate.py runs/a/encoder-*.pt --task knn                     one run at several steps of its pretraining
-    python evaluate.py runs/a --export encoder.pt --features out.npz      for other programs
+    python evaluate.py runs/a                                            the run's own images: kNN, linear probe, ...
+    python evaluate.py runs/a runs/b imagenet.pth --labels 1.0 0.1 7n    several encoders, fewer and fewer labels
+    python evaluate.py runs/a theirs.npz --task knn linear               beside features of any other program
+    python evaluate.py runs/a --task finetune --freeze 10 --epochs 50    train all of it; train.py --init takes it
+    python evaluate.py runs/a/encoder-*.pt --task knn                    one run at several steps of its pretraining
+    python evaluate.py runs/a --export encoder.pt --features out.npz     for other programs
+
+Two rows are random. "random" is the network as it is initialised, BatchNorm at 0 and 1: a fixed bank of texture
+filters, and no weak opponent. "random, normalised" has BatchNorm's statistics of the training images, as every trained
+network has: it is the same network before learning.
 
 Every choice (L2, epoch) is made on the validation split; the test split is scored once. Intervals are 95 %, by patient.
+An evaluation that was stopped goes on with what is finished when it is given the same --out.
 """
 
 import copy
-import itertools
+import json
 import os
 import re
 from dataclasses import fields
@@ -19,10 +25,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from medssl.common import cli, encoders, files, loop
+from medssl.common import cli, encoders, features, loop, optim
 from medssl.common.errors import UserError
-from medssl.common.evaluation import figures, readouts, report, subsets, tasks
-from medssl.common.evaluation.study import Cell, Settings, Where, file_name, open_study
+from medssl.common.evaluation import figures, foreign, keep, plan, readouts, report, scores, subsets, tasks
+from medssl.common.evaluation.study import Settings, Where, file_name, open_study
 from medssl.common.evaluation.tasks import TASKS
 
 STRENGTHS = [f"S{i}" for i in range(7)]
@@ -34,19 +40,18 @@ def main(argv=None):
     study = open_study(args.runs, where, settings, loop.processes(args.device)[2])
     asked = choose_tasks(args, study)
     study.out = choose_folder(args, study) if asked else None
-    for kind in sorted({TASKS[task].target for task in asked} - {None}):
-        study.targets[kind] = subsets.find_target(study.dataset, study.groups, kind, study.note)
-    cells = [cell for task in asked for cell in cells_of(settings, task)]
-    say_what(study, cells)
+    find_targets(study, asked)
+    cells = [cell for task in asked for cell in plan.cells_of(settings, task)]
+    plan.say(study, cells)
     if args.export:
         export(study, args.export)
     if args.features:
-        save_features(study, args.features)
+        save_features(study, Path(args.features))
     if asked:
-        study.out.mkdir(parents=True, exist_ok=True)                        # fails now rather than after an hour
+        keep.open_folder(study)                                             # fails now rather than after an hour
         records, stopped = fit_all(study, cells)
         if records:
-            tell(study, records)
+            tell(study, records, stopped)
         if stopped:
             raise KeyboardInterrupt
 
@@ -57,33 +62,58 @@ def chosen(kind, args):
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
+def find_targets(study, asked):
+    """The labels and masks that the tasks want, and with --per patient each test patient's label."""
+    for kind in sorted({TASKS[task].target for task in asked} - {None}):
+        study.targets[kind] = subsets.find_target(study.dataset, study.groups, kind, study.note)
+    if study.settings.per == "patient" and "labels" in study.targets:
+        target = study.targets["labels"]
+        test = target.rows["test"]
+        study.patients = scores.by_patient(target.values[test], study.groups[test], target.classes,
+                                           study.settings.patient_label)
+
+
 def fit_all(study, cells):
-    """The records, and whether Ctrl-C came before the last."""
-    records, seeds = [], range(study.settings.seeds)
-    with tqdm(total=len(cells) * len(study.models) * len(seeds), unit="fit", delay=0.5, dynamic_ncols=True) as bar:
+    """The records, and whether Ctrl-C came before the last. What is finished already is read, not done again."""
+    jobs = [(seed, model, cell) for seed in range(study.settings.seeds) for model in study.models for cell in cells
+            if tasks.applies(cell, model)]
+    for model in study.models:
+        out = [cell.task for cell in cells if model.features is not None and not tasks.applies(cell, model)]
+        if out:
+            names = ", ".join(dict.fromkeys(out))
+            study.note(f"{model.name} holds features: {names} would need the network, and is left out")
+    records, last = [], None
+    with tqdm(total=len(jobs), unit="fit", delay=0.5, dynamic_ncols=True) as bar:
         try:
-            for seed, model in itertools.product(seeds, study.models):
-                for cell in cells:
-                    bar.set_postfix_str(f"{model.name}, {cell.task}, seed {seed}", refresh=False)
-                    records.append(tasks.run(study, cell, model, seed))
-                    bar.update()
-                study.forget_random()
+            for seed, model, cell in jobs:
+                if last not in (None, (seed, model.name)):
+                    study.forget_random()
+                last, path = (seed, model.name), keep.path_of(study, cell, model, seed)
+                bar.set_postfix_str(f"{model.name}, {cell.task}, seed {seed}", refresh=False)
+                if path.is_file():
+                    record = keep.load(path)
+                else:
+                    record = tasks.run(study, cell, model, seed)
+                    keep.save(record, path)
+                records.append(tasks.score(record, study))
+                bar.update()
         except KeyboardInterrupt:
-            tqdm.write("stopped: what was done so far is written")
+            tqdm.write(f"stopped: what was done so far is written; the same command with --out {study.out} goes on")
             return records, True
     return records, False
 
 
-def tell(study, records):
+def tell(study, records, stopped):
     """Everything into the study's folder, and the tables on the terminal."""
     summaries, differences = report.summarise(study, records)
-    report.write_json(study, records, summaries, differences)
+    report.write_json(study, records, summaries, differences, stopped)
     report.write_csv(study, records)
     pictures = figures.draw(study, records, summaries)
     for task in dict.fromkeys(s.cell.task for s in summaries):
         report.print_table(study, task, summaries, differences)
     report.print_differences(study, differences)
-    print(f"in {study.out}: results.json, results.csv; pictures {', '.join(pictures)}")
+    print(f"in {study.out}: results.json, results.csv; fits, the answers to each test image; pictures "
+          + ", ".join(pictures))
 
 
 # ---- the command line
@@ -91,43 +121,64 @@ def tell(study, records):
 def parse(argv):
     parser = cli.Parser(prog="evaluate.py", description=__doc__.split("\n")[0],
                         epilog="; ".join(f"{name}: {task.words}" for name, task in TASKS.items()))
-    add = parser.add_argument
-    add("runs", nargs="*", help="folders of runs, or files of weights (ours, torchvision's, timm's); none: the random encoder alone")
-    add("--data", help="default: the first run's; 'phantoms' is built in")
-    add("--label", help="column of split.csv (default: the first run's)")
-    add("--size", type=cli.positive, help="side of the images (default: the first run's)")
-    add("--channels", type=int, choices=(1, 3), help="default: the first run's, else as the images are")
-    add("--encoder", choices=encoders.ENCODERS, help="of weight files, where their keys leave it open, and of the random row without any run")
-    add("--stem", choices=encoders.STEMS, help="likewise")
-    add("--task", nargs="*", choices=TASKS, help="default: knn linear with labels, segment with masks, collapse always")
-    add("--labels", nargs="+", type=amount, default=["1.0"], help="shares of the training images (whole patients), or numbers of images such as 7n")
-    add("--imbalance", nargs="+", type=one_or_more, default=[None],
-        help="1: all classes cut to the size of the rarest; 10: and of that one a tenth is kept")
-    add("--resample", action="store_true", help="draw every class equally often (linear: weigh it; knn: no effect)")
-    add("--augment", nargs="+", choices=STRENGTHS, default=["S1"], help="strength under finetune, segment and unet")
-    add("--freeze", type=cli.not_negative, default=0, help="epochs with the encoder frozen before finetune and unet release it")
+    add_flags(parser.add_argument)
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=cli.positive_number, default=10, help="an epoch has as many steps with few labels as with all")
+    length.add_argument("--epochs", type=cli.positive_number, default=10,
+                        help="an epoch has as many steps with few labels as with all")
     length.add_argument("--steps", type=cli.positive)
-    add("--batch", type=cli.positive, default=64)
-    add("--lr", type=cli.positive_number, default=1e-3, help="AdamW's")
-    add("--head-lr", type=cli.positive_number, help="the head's (default: 10 times --lr; --lr for a decoder that was transferred)")
-    add("--loss", choices=readouts.LOSSES, help="balanced: class weights; dice (and cross-entropy; default) and jaccard: masks")
-    add("--transfer", choices=("encoder", "encoder+decoder"), default="encoder", help="what unet takes from a run that had a decoder")
-    add("--seeds", type=cli.positive, default=3, help="of subsets, heads, order and the random encoder")
-    add("--out", metavar="DIR", help="default: results/NAME, numbered")
-    add("--export", metavar="FILE", help="the one encoder, with torchvision's key names; and FILE-rgb for 3-channel programs")
-    add("--features", metavar="FILE.npz", help="pooled features of all images, with labels, patients and splits")
-    add("--device", default="auto")
-    add("--amp", choices=("off", "bf16", "fp16"), default="off", help="while training heads and encoders")
-    add("--cache", metavar="DIR", help="where decoded images are kept")
     args = parser.parse_args(argv)
     if args.export and len(args.runs) != 1:
         parser.error("--export takes exactly one run or file of weights")
+    if args.patient_label and args.per != "patient":
+        parser.error("--patient-label goes with --per patient")
     for flag, path in (("--export", args.export), ("--features", args.features)):
         if path and not Path(path).absolute().parent.is_dir():
             parser.error(f"{flag} {path}: there is no folder {Path(path).parent}")
     return args
+
+
+def add_flags(add):
+    add("runs", nargs="*", help="folders of runs, files of weights (ours, torchvision's, timm's), .npz files of "
+        "features; none: the random encoders alone")
+    add("--data", help="default: the first run's; 'phantoms' is built in")
+    add("--label", help="column of split.csv (default: the first run's)")
+    add("--size", type=cli.positive, help="side of the images (default: the first run's)")
+    add("--channels", type=int, choices=(1, 3), help="default: the first run's, else as the images are")
+    add("--encoder", choices=encoders.ENCODERS, help="of weights whose keys leave it open, and of random rows alone")
+    add("--stem", choices=encoders.STEMS, help="likewise")
+    add("--statistics", choices=("kept", "data"), default="kept",
+        help="BatchNorm's statistics of the encoders: as they came, or of the training images")
+    add("--task", nargs="*", choices=TASKS, help="default: knn linear with labels, segment with masks, collapse always")
+    add("--stage", nargs="+", type=int, choices=(1, 2, 3, 4), default=[None],
+        help="knn and linear of this stage's pooled map")
+    add("--labels", nargs="+", type=amount, default=["1.0"],
+        help="shares of the training images (whole patients), or numbers of images such as 7n")
+    add("--imbalance", nargs="+", type=one_or_more, default=[None],
+        help="so many images of each other class for one of the rare class")
+    add("--imbalance-varies", choices=("others", "rare"), default="others",
+        help="others: the rare class keeps its number of images along the series; rare: all classes are cut to the "
+        "size of the rarest, and of that one 1/RATIO is kept")
+    add("--resample", action="store_true", help="draw every class equally often (linear: weigh it; knn: no effect)")
+    add("--augment", nargs="+", choices=STRENGTHS, default=["S1"], help="strength where the loop trains")
+    add("--freeze", type=cli.not_negative, default=0, help="epochs with the encoder frozen before it is trained too")
+    add("--batch", type=cli.positive, default=64)
+    add("--optimizer", choices=optim.OPTIMIZERS, default="adamw", help="of all that the loop trains")
+    add("--lr", type=cli.positive_number, default=1e-3)
+    add("--head-lr", type=cli.positive_number, help="the head's (default: 10 times --lr; a transferred decoder: --lr)")
+    add("--weight-decay", type=cli.not_negative, default=0.01)
+    add("--loss", choices=readouts.LOSSES, help="balanced: class weights; dice (with cross-entropy) and jaccard: masks")
+    add("--neighbours", type=cli.positive, default=20, help="of knn; fewer where the smallest class has few images")
+    add("--transfer", choices=("encoder", "encoder+decoder"), default="encoder", help="what unet takes from a run")
+    add("--per", choices=("image", "patient"), default="image",
+        help="patient: class shares are averaged over a patient's images too, and scored by patient beside by image")
+    add("--patient-label", choices=("max",), help="of a patient with several classes: the last one, as of grades")
+    add("--seeds", type=cli.positive, default=3, help="of subsets, heads, order and the random encoder")
+    add("--out", metavar="DIR", help="default: results/NAME, numbered")
+    add("--export", metavar="FILE", help="the one encoder, with torchvision's key names; and FILE-rgb for 3 channels")
+    add("--features", metavar="FILE.npz", help="pooled features of all images, with labels, patients and splits")
+    add("--device", default="auto")
+    add("--amp", choices=("off", "bf16", "fp16"), default="off", help="where the loop trains")
+    add("--cache", metavar="DIR", help="where decoded images are kept")
 
 
 def one_or_more(text):
@@ -153,30 +204,33 @@ def choose_tasks(args, study):
         return [] if args.export or args.features else [name for name in wanted if name in able]
     for name in args.task:
         if name not in able:
-            raise UserError(f"--task {name}: {dataset.name} has no {TASKS[name].target}; it can be looked at with {', '.join(able)}")
-    targets = {TASKS[name].target for name in args.task}
-    if args.imbalance != [None] and "labels" not in targets:
-        raise UserError(f"--imbalance thins a class of the labels; --task {' '.join(args.task)} does not use them")
-    if args.loss in ("dice", "jaccard") and "masks" not in targets:
-        raise UserError(f"--loss {args.loss} is for masks; --task {' '.join(args.task)} takes ce or balanced")
+            raise UserError(f"--task {name}: {dataset.name} has no {TASKS[name].target}; it can be looked at with "
+                            f"{', '.join(able)}")
+    check_flags(args, {TASKS[name].target for name in args.task}, [TASKS[name].staged for name in args.task])
     return list(dict.fromkeys(args.task))
 
 
-def cells_of(settings, name):
-    """The cells of the series for one task. Frozen features have no augmentation, and masks no rare class to thin."""
-    task = TASKS[name]
-    if not task.target:
-        return [Cell(name, None, None, None)]
-    axes = (settings.labels, settings.imbalance if task.target == "labels" else [None], settings.augment if task.trains else [None])
-    return [Cell(name, *each) for each in itertools.product(*axes)]
+def check_flags(args, targets, staged):
+    """Flags that none of the tasks would heed."""
+    tasks_given = f"--task {' '.join(args.task)}"
+    if args.imbalance != [None] and "labels" not in targets:
+        raise UserError(f"--imbalance thins a class of the labels; {tasks_given} does not use them")
+    if args.loss in ("dice", "jaccard") and "masks" not in targets:
+        raise UserError(f"--loss {args.loss} is for masks; {tasks_given} takes ce or balanced")
+    if args.per == "patient" and "labels" not in targets:
+        raise UserError(f"--per patient is for labels; {tasks_given} does not use them (masks are scored by patient "
+                        "anyway)")
+    if args.stage != [None] and not any(staged):
+        raise UserError(f"--stage is for knn and linear; {tasks_given} does not heed it")
 
 
 def choose_folder(args, study):
-    """--out, or the first free results/NAME. Old results are never written over; the folder is made when there are results."""
+    """--out, or the first free results/NAME. Finished results are never written over."""
     stem = f"results/{study.models[-1].name if args.runs else 'random'}-{study.dataset.name}"
     numbered = (Path(stem if i == 1 else f"{stem}-{i}") for i in range(1, 10_000))
     out = Path(args.out) if args.out else next(p for p in numbered if not p.exists())
-    if (out / "results.json").exists():
+    results = out / "results.json"
+    if results.exists() and not json.loads(results.read_text()).get("stopped"):
         raise UserError(f"--out {out}: holds results already; choose another")
     there = next(p for p in (out, *out.absolute().parents) if p.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
@@ -184,78 +238,34 @@ def choose_folder(args, study):
     return out
 
 
-# ---- in words
-
-def say_what(study, cells):
-    """What is about to be done, task by task, with numbers of images and patients."""
-    dataset, settings, told = study.dataset, study.settings, set()
-    print(f"{dataset.name}: images {' x '.join(map(str, dataset.images.shape[1:]))}; {len(study.models)} encoders on {study.device}, "
-          f"seeds: {settings.seeds}")
-    for name in dict.fromkeys(cell.task for cell in cells):
-        task = TASKS[name]
-        if not task.target:
-            print(f"{name}: {task.words}; {len(study.watched())} images")
-            continue
-        target = study.targets[task.target]
-        print(f"{name}: {task.words}{length(settings, name, target)}; " + (f"{task.chosen} chosen on validation: "
-              f"{count(study, target.rows['val'])}; " if task.chosen else "nothing is chosen; ")
-              + f"scored once on test: {count(study, target.rows['test'])}")
-        for cell in (cell for cell in cells if cell.task == name):
-            if (task.target, cell[1:3]) not in told:
-                told.add((task.target, cell[1:3]))
-                say_training(study, target, cell._replace(augment=None), task.target == "labels")
-
-
-def length(settings, name, target):
-    if not TASKS[name].trains:
-        return ""
-    per_epoch, steps, frozen = tasks.schedule(settings, name, target)
-    first = f", in the first {frozen} the encoder is frozen" * (0 < frozen < steps)
-    return f" for {steps} steps of {settings.batch} ({steps / per_epoch:.3g} epochs){first}"
-
-
-def say_training(study, target, cell, labels):
-    """The images that a cell learns from, and which classes are not among them."""
-    seeds = range(study.settings.seeds)
-    each = [target.training(study.groups, cell.labels, cell.imbalance, seed) for seed in seeds]
-    print(f"    {report.describe(cell)}: training on {count(study, each[0])}" + (" (first seed)" if len(seeds) > 1 else ""))
-    lost = [c for i, c in enumerate(target.classes) if labels and any(i not in target.values[rows] for rows in each)]
-    if lost:
-        study.note(f"{report.describe(cell)}: in some seeds no training image of {', '.join(lost[:4])}"
-                   f"{f' and {len(lost) - 4} more classes' if len(lost) > 4 else ''}; scored with what is there")
-
-
-def count(study, rows):
-    patients = len(np.unique(study.groups[rows]))
-    return f"{len(rows)} images of {patients} patients" if study.dataset.groups is not None else f"{len(rows)} images"
-
-
 # ---- for other programs
 
 def export(study, path):
-    """The encoder as it is, and beside it one whose first layer takes 3 channels (a gray image repeated gives the same features)."""
+    """The encoder as it is, and beside it one whose first layer takes 3 channels (a gray image repeated gives the same
+    features)."""
     network, path = copy.deepcopy(study.models[-1].network).cpu(), Path(path)
+    if network is None:
+        raise UserError(f"--export: {study.models[-1].file} holds features, not weights")
     encoders.save(network, path)
     written = [str(path)]
     if network.conv1.in_channels == 1:
-        network.conv1.weight.data = network.conv1.weight.data.repeat(1, 3, 1, 1) / 3                        # (O, 3, k, k)
+        network.conv1.weight.data = network.conv1.weight.data.repeat(1, 3, 1, 1) / 3    # (O, 3, k, k)
         network.mean, network.std = network.mean * 3, network.std * 3
         written.append(str(path.with_name(f"{path.stem}-rgb{path.suffix}")))
         encoders.save(network, written[-1])
-    print(f"exported {' and '.join(written)}: torchvision's key names (conv1.weight, bn1.*, layer1.0.conv1.weight, ..., no fc), also timm's and those of "
-          "segmentation libraries; load_state_dict(..., strict=False) into a network with an fc; the .json has the mean and deviation to standardise with")
+    print(f"exported {' and '.join(written)}: torchvision's key names (conv1.weight, bn1.*, layer1.0.conv1.weight, "
+          "..., no fc), also timm's and those of segmentation libraries; load_state_dict(..., strict=False) into a "
+          "network with an fc; the .json has the mean and deviation to standardise with")
 
 
 def save_features(study, path):
-    dataset, arrays = study.dataset, {}
-    for model in study.models:
-        arrays[f"features_{file_name(model.name)}"] = study.features(model, 0, everything=True)[0].numpy()
-    study.kept.clear()                                                      # the tasks ask for fewer rows
-    arrays |= {"patients": study.groups, "splits": dataset.splits}
-    arrays |= {"labels": dataset.labels, "classes": np.array(dataset.classes)} if dataset.labels is not None else {}
-    with files.whole(path) as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, **arrays)
-    print(f"{path}: {', '.join(f'{key} {value.shape}' for key, value in arrays.items())}")
+    """One file for each given model, or the random ones where none is given."""
+    dataset, given = study.dataset, [m for m in study.models if not m.random] or study.models
+    for model in (m for m in given if m.network is not None or m.random):
+        network = model.fresh(study, 0)
+        found = features.extract(network, dataset.images, np.arange(len(dataset)), study.device).numpy()    # (N, D)
+        own = path if len(given) == 1 else path.with_name(f"{path.stem}-{file_name(model.name)}{path.suffix}")
+        print(foreign.write(own, found, dataset))
 
 
 if __name__ == "__main__":

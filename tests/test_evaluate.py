@@ -14,7 +14,7 @@ from PIL import Image
 import evaluate
 from medssl.common import cli, encoders, metrics
 from medssl.common.evaluation import readouts, report, scores, study, subsets, tasks
-from medssl.common.evaluation.study import Cell, Model, Study
+from medssl.common.evaluation.study import Cell, Model, Settings, Study
 from medssl.common.evaluation.tasks import TASKS
 from tests.common import batch
 
@@ -72,7 +72,7 @@ def small(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MEDSSL_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(readouts, "L2_GRID", readouts.L2_GRID[1::2])
-        patch.setattr(metrics, "bootstrap", functools.partial(metrics.bootstrap, repeats=40))
+        patch.setattr(metrics, "draws", functools.partial(metrics.draws, repeats=40))
         yield
 
 
@@ -87,6 +87,7 @@ def run(*words):
 
 def fails(capsys, *words):
     """What evaluate.py says when it is called wrongly; status 2 and a single line are part of it."""
+    capsys.readouterr()                                                     # what was said before
     with pytest.raises(SystemExit) as stopped:
         cli.run(lambda: run(*words))
     said = capsys.readouterr().err.split("\r")[-1].strip()
@@ -122,17 +123,19 @@ def test_results(whole, home):
     out, _ = whole
     found = json.loads((out / "results.json").read_text())
     assert found["data"]["labels"]["images"] == {"train": 48, "val": 24, "test": 24} and found["data"]["masks"]["patients"]["train"] == 12
-    assert [m["name"] for m in found["models"]] == ["random", "run"]
-    assert len(found["fits"]) == 2 * 2 * (5 * 2 + 1) and len(found["cells"]) == 2 * 11
+    assert [m["name"] for m in found["models"]] == ["random", "random, normalised", "run"]
+    # finetune and unet have one random model, the frozen tasks two
+    assert len(found["fits"]) == 2 * len(found["cells"]) == 2 * (2 * (3 * 3 + 2 * 2) + 3)
     fits = {(f["task"], f["labels"], f["model"], f["seed"]): f for f in found["fits"]}
     assert fits["knn", "7n", "run", 1]["train_images"] == 7 and fits["knn", "1.0", "run", 1]["train_patients"] == 12
-    assert fits["linear", "1.0", "run", 0]["l2"] in readouts.L2_GRID and np.array(fits["linear", "1.0", "run", 0]["confusion"]).sum() == 24
+    assert fits["linear", "1.0", "run", 0]["l2"] in readouts.L2_GRID and fits["linear", "1.0", "run", 0]["scores"]["accuracy"] * 24 % 1 in (pytest.approx(0, abs=1e-3), pytest.approx(1, abs=1e-3))
     assert [epoch for epoch, _ in fits["finetune", "7n", "run", 0]["curve"]] == pytest.approx([0, 1 / 3, 2 / 3, 1], abs=1e-5)
     for task in ("knn", "linear", "segment", "collapse"):                   # a random encoder of its own for every seed
         assert len({f["frozen"] for f in found["fits"] if f["task"] == task and f["model"] == "random"}) == 2
         assert len({f["frozen"] for f in found["fits"] if f["task"] == task and f["model"] == "run"}) == 1
     cell = next(c for c in found["cells"] if (c["task"], c["labels"], c["model"]) == ("unet", "7n", "run"))
     pair = next(d for d in found["differences"] if (d["task"], d["labels"], d["metric"]) == ("unet", "7n", "dice"))
+    assert pair["seeds"] == 2 and 0 <= pair["not_positive"] <= 1 and pair["settled"] in (True, False)
     own, base = ([fits["unet", "7n", name, seed]["scores"]["dice"] for seed in (0, 1)] for name in ("run", "random"))
     assert cell["scores"]["dice"]["mean"] == pytest.approx(np.mean(own), abs=1e-5) and cell["seeds"] == 2
     assert cell["scores"]["dice"]["spread"] == pytest.approx(np.std(own, ddof=1), abs=1e-5)
@@ -149,9 +152,9 @@ def test_results(whole, home):
 
 
 def test_the_test_split_is_scored_once_and_last(whole):
-    """Each of the 40 fits that learn asks for the 24 test rows once; before that, only training asks for validation rows."""
+    """Each of the 52 fits that learn asks for the 24 test rows once; before that, only training asks for validation rows."""
     _, asked = whole
-    assert len(asked) == 40
+    assert len(asked) == 52
     test = {i for i in range(96) if i // 4 % 4 == 1}
     for task, *rows in asked:
         kinds = [set(r) == test or bool(set(r) & test) and "mixed" for r in rows]
@@ -178,13 +181,12 @@ def test_series(home, capsys, monkeypatch):
         Path("many").mkdir(exist_ok=True)
         (Path("many") / f"encoder-{step}.pt").write_bytes((home / "run/encoder.pt").read_bytes())
     Path("many/config.json").write_bytes((home / "run/config.json").read_bytes())
-    run("many/encoder-10.pt", "many/encoder-9.pt", "--task", "linear", "finetune", "--imbalance", "1", "8", "--augment", "S0", "S6", "--resample",
+    run("many/encoder-10.pt", "many/encoder-9.pt", "--task", "linear", "finetune", "--imbalance", "1", "8", "--stage", "2", "--augment", "S0", "S6", "--resample",
         "--freeze", "0.4", "--loss", "balanced", "--head-lr", "0.1", "--out", "out", "--steps", "3", "--batch", "16", "--seeds", "1", "--device", "cpu")
     found = json.loads(Path("out/results.json").read_text())
-    assert [m["name"] for m in found["models"]] == ["random", "many@9", "many@10"]
+    assert [m["name"] for m in found["models"]] == ["random", "random, normalised", "many@9", "many@10"]
     sizes = {(f["imbalance"], f["augment"]): f["train_images"] for f in found["fits"]}
-    assert sizes == {(1, None): 48, (8, None): 34, (1, "S0"): 48, (1, "S6"): 48, (8, "S0"): 34, (8, "S6"): 34}
-    assert all(np.array(f["confusion"]).sum(1).tolist() == [8, 8, 8] for f in found["fits"])
+    assert sizes == {(1, None): 6, (8, None): 34, (1, "S0"): 6, (1, "S6"): 6, (8, "S0"): 34, (8, "S6"): 34}       # 2 : 2 : 2, 16 : 16 : 2
     assert len(drawn) == 12 and all(np.bincount(labels, weights).tolist() == pytest.approx([1, 1, 1]) and rate == 100 for labels, weights, rate in drawn)
     assert {"imbalance-linear.png", "augment-finetune.png", "steps-finetune.png"} <= {p.name for p in Path("out").iterdir()}
     said = capsys.readouterr().out
@@ -201,8 +203,8 @@ def test_exports(home, capsys):
     torch.testing.assert_close(gray.eval()(x), colour.eval()(x.repeat(1, 3, 1, 1)), atol=1e-4, rtol=1e-4)
     assert json.loads(Path("encoder-rgb.json").read_text())["mean"] == pytest.approx([0.3] * 3)
     with np.load("out.npz") as found:
-        assert found["features_run"].shape == found["features_random"].shape == (96, 128) and (np.abs(found["features_run"]).sum(1) > 0).all()
-        assert found["labels"].shape == found["patients"].shape == found["splits"].shape == (96,) and found["classes"].tolist() == ["bright", "dark", "medium"]
+        assert found["features"].shape == (96, 128) and (np.abs(found["features"]).sum(1) > 0).all()
+        assert found["labels"].shape == found["patients"].shape == found["splits"].shape == found["files"].shape == (96,) and found["classes"].tolist() == ["bright", "dark", "medium"]
 
 
 def test_other_sizes_channels_and_files(home, capsys):
@@ -218,7 +220,7 @@ def test_other_sizes_channels_and_files(home, capsys):
     torch.testing.assert_close(gray.conv1.weight, big.conv1.weight.sum(1, keepdim=True))
     run("imagenet.pth", home / "run", "--task", "collapse", "--seeds", "1", "--device", "cpu", "--out", "two")
     found = json.loads(Path("two/results.json").read_text())
-    assert [m["name"] for m in found["models"]] == ["random resnet18 default", "random tiny default", "imagenet", "run"]
+    assert [m["name"] for m in found["models"]] == [f"random {kind}{more}" for kind in ("resnet18 default", "tiny default") for more in ("", ", normalised")] + ["imagenet", "run"]
     assert "as run saw them" in capsys.readouterr().out
     assert "made with" in fails(capsys, "imagenet.pth", "--data", home / "set", "--encoder", "resnet50")
 
@@ -286,19 +288,19 @@ def test_differences_are_taken_seed_by_seed():
     """Two random rows, two encoders, three seeds; each encoder is held against the random one of its own kind; a seed that one lacks is left out."""
     kinds = {"random a": ("a", None), "random b": ("b", None), "one": ("b", "file"), "two": ("a", "file")}
     own = Study(None, None, None, [Model(name, kind, "default", file) for name, (kind, file) in kinds.items()], None)
-    assert own.base_of("one") == "random b" and own.base_of("two") == own.base_of("random a") == "random a"
+    assert own.bases_of("one") == ["random b"] and own.bases_of("two") == own.bases_of("random a") == ["random a"]
     cell = Cell("unet", "1.0", None, "S1")
 
     def record(name, seed, v):
         scored = scores.Scored({"dice": v, "iou": 0.5}, ("dice", "iou"), lambda rows: np.array([v, 2 * v]), np.arange(4))
-        return tasks.Record(name, cell, seed, scored, 10, 5)
+        return tasks.Record(name, cell, seed, train_images=10, train_patients=5, scored=scored)
     records = [record(name, seed, 0.1 * i + 0.01 * seed) for i, name in enumerate(kinds) for seed in range(3) if (name, seed) != ("one", 2)]
     cells, differences = report.summarise(own, records)
     assert [c.seeds for c in cells] == [2] * 4 and cells[2].mean("dice") == pytest.approx(0.205)
     found = {(d.first, d.second, d.metric): d for d in differences}
-    assert len(found) == 12 and found["two", "random a", "dice"].mean == pytest.approx(0.3)
-    assert found["two", "random a", "dice"].interval == pytest.approx([0.3, 0.3]) and found["two", "one", "iou"].interval == pytest.approx([0.2, 0.2])
-    assert found["two", "one", "dice"].half_width_over_seeds == pytest.approx(0, abs=1e-9)
+    assert len(found) == 12 and found["two", "random a", "dice"].gain.mean == pytest.approx(0.3)
+    assert found["two", "random a", "dice"].gain.interval == pytest.approx([0.3, 0.3]) and found["two", "one", "iou"].gain.interval == pytest.approx([0.2, 0.2])
+    assert found["two", "one", "dice"].gain.half_width_over_seeds == pytest.approx(0, abs=1e-9)
 
 
 def test_words():
@@ -318,8 +320,8 @@ def test_every_choice_is_made_on_the_validation_rows(whole):
 def test_intervals_draw_whole_patients():
     labels, groups = np.arange(40) % 2, np.arange(40) // 4
     target = subsets.Target(labels, ("a", "b"), labels, {"train": np.arange(20), "val": np.arange(0), "test": np.arange(20, 40)})
-    own = Study(None, None, torch.device("cpu"), [], groups, targets={"labels": target}, kept={"random": (torch.randn(40, 3), "")})
-    record = tasks.run(own, Cell("knn", "1.0", None, None), Model("random", "tiny", "default"), 0)
+    own = Study(Settings(), None, torch.device("cpu"), [], groups, targets={"labels": target}, kept={("random", None): (torch.randn(40, 3), "")})
+    record = tasks.score(tasks.run(own, Cell("knn", "1.0"), Model("random", "tiny", "default"), 0), own)
     assert record.scored.units.tolist() == groups[20:].tolist()
 
 
@@ -328,3 +330,94 @@ def test_each_seed_has_its_own_order_and_head(home, monkeypatch):
     monkeypatch.setattr(readouts, "tune", lambda method, *rest: seen.append((rest[3].config.seed, readouts.fingerprint(method.head))) or tune(method, *rest))
     run(home / "run", "--task", "finetune", "--out", "out", *FAST)
     assert len(seen) == 4 and {seed for seed, _ in seen} == {0, 1} and len({head for _, head in seen}) == 2  # the same heads on both encoders
+
+
+# ---- features of other programs, stages, changed images, going on
+
+def test_features_of_another_program_score_as_their_weights_do(home, capsys):
+    """Written here with nothing but torch: the same kNN and linear numbers as the encoder loaded as weights."""
+    lines = (home / "set/split.csv").read_text().split("\n")[1:]
+    names = [line.split(",")[0] for line in lines]
+    encoder = encoders.build("tiny", 1, "default", (0.3,), (0.2,)).eval()
+    encoder.load_state_dict(torch.load(home / "run/encoder.pt", weights_only=True))
+    pictures = torch.stack([torch.from_numpy(np.array(Image.open(home / "set" / name))) for name in names])
+    with torch.no_grad():
+        features = encoder(pictures[:, None] / 255)
+    order = np.random.default_rng(0).permutation(96)                        # files may come in any order
+    np.savez("theirs.npz", features=features[order].numpy(), files=np.array(names)[order])
+    np.savez("by_row.npz", features=features.numpy())
+    run(home / "run", "theirs.npz", "by_row.npz", "--task", "knn", "linear", "segment", "collapse", "--steps", "1",
+        "--batch", "16", "--seeds", "1", "--device", "cpu", "--out", "out")
+    found = json.loads(Path("out/results.json").read_text())["cells"]
+    own = {(c["task"], c["model"]): {name: score["mean"] for name, score in c["scores"].items()} for c in found}
+    for task in ("knn", "linear", "collapse"):
+        for other in ("theirs", "by_row"):
+            assert own[task, other] == pytest.approx(own[task, "run"], abs=1e-4, nan_ok=True), task
+    assert ("segment", "run") in own and ("segment", "theirs") not in own
+    assert "theirs holds features: segment would need the network" in capsys.readouterr().out
+    np.savez("few.npz", features=features[:90].numpy(), files=names[:90])
+    assert "6 of them have none, first images/90.png, images/91.png, images/92.png" in fails(capsys, "few.npz", "--data", home / "set")
+    np.savez("short.npz", features=features[:90].numpy())
+    assert "has 96 images" in fails(capsys, "short.npz", "--data", home / "set")
+    np.savez("other.npz", x=np.zeros(3))
+    assert "no array named features, but x" in fails(capsys, "other.npz", "--data", home / "set")
+    np.savez("evil.npz", features=np.array([{}], object))
+    assert "evil.npz" in fails(capsys, "evil.npz", "--data", home / "set")
+
+
+def test_stages_changes_grades_and_patients(home, capsys):
+    """The pooled map of stage 4 is the encoder's own feature; images as they are score as under `linear`."""
+    run(home / "run", "--task", "knn", "linear", "grade", "robustness", "--stage", "1", "4", "--per", "patient", "--patient-label",
+        "max", "--out", "out", *FAST)
+    run(home / "run", "--task", "knn", "linear", "--out", "plain", *FAST)
+    found, plain = (json.loads(Path(f"{name}/results.json").read_text())["cells"] for name in ("out", "plain"))
+    own = {(c["task"], c["stage"], c["model"]): c["scores"] for c in found}
+    for c in plain:
+        staged = own[c["task"], 4, c["model"]]
+        assert all(staged[name] == score for name, score in c["scores"].items()) and "auc_per_patient" in staged
+    assert own["knn", 1, "run"] != own["knn", 4, "run"]
+    robust = own["robustness", None, "run"]
+    assert robust["balanced_accuracy"] == own["linear", 4, "run"]["balanced_accuracy"]
+    each = [robust[f"{name} {k}"]["mean"] for name in ("darker", "noisier", "blurrier", "turned") for k in (1, 2, 3)]
+    assert robust["drop"]["mean"] == pytest.approx(robust["balanced_accuracy"]["mean"] - np.mean(each), abs=1e-5)
+    assert len(set(each)) > 1 and Path("out/robustness.png").exists() and Path("out/stage-knn.png").exists()
+    assert ("grade", None, "random, normalised") not in own and "quadratic_kappa" in own["grade", None, "run"]
+    words = [home / "run", "--device", "cpu", "--task"]
+    assert "several classes" in fails(capsys, *words, "knn", "--per", "patient")
+    assert "--stage" in fails(capsys, *words, "finetune", "--stage", "1")
+    assert "--per" in fails(capsys, *words, "unet", "--per", "patient") and "--patient-label" in fails(capsys, *words, "knn", "--patient-label", "max")
+
+
+def test_a_stopped_evaluation_goes_on(home, monkeypatch, capsys):
+    words = [home / "run", "--task", "knn", "finetune", "collapse", "--out", "out", *FAST]
+    original, done = tasks.run, []
+
+    def stop(*args):
+        if len(done) == 7:
+            raise KeyboardInterrupt
+        done.append(args[1:])
+        return original(*args)
+    monkeypatch.setattr(tasks, "run", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(*words)
+    assert json.loads(Path("out/results.json").read_text())["stopped"] and "--out out goes on" in capsys.readouterr().out
+    assert "of another evaluation" in fails(capsys, *words, "--lr", "0.5")
+    first = len(done)
+    done.clear()
+    monkeypatch.setattr(tasks, "run", lambda *args: done.append(args[1:]) or original(*args))
+    run(*words)
+    assert len(done) == 2 * 8 - first                                       # nothing was fitted twice
+    monkeypatch.setattr(tasks, "run", original)
+    run(*words[:-len(FAST) - 1], "whole", *FAST)
+    assert Path("whole/results.csv").read_bytes() == Path("out/results.csv").read_bytes()
+    assert "holds results already" in fails(capsys, *words)
+
+
+def test_statistics_of_the_training_images(home):
+    """--statistics data changes nothing but BatchNorm's means and variances."""
+    for name in ("kept", "data"):
+        run(home / "run", "--task", "collapse", "--statistics", name, "--out", name, "--seeds", "1", "--device", "cpu")
+    own = [{c["model"]: c["scores"]["rank_me"]["mean"] for c in json.loads(Path(f"{name}/results.json").read_text())["cells"]}
+           for name in ("kept", "data")]
+    assert own[0]["run"] != own[1]["run"] and all(own[0][name] == own[1][name] for name in ("random", "random, normalised"))
+    assert own[0]["random"] != own[0]["random, normalised"]

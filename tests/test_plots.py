@@ -181,10 +181,12 @@ def test_views_sheet(tmp_path):
 
 
 def test_overlays(tmp_path):
+    """A square of class 1 that is predicted as class 2, elsewhere: each class has one colour, in both rows."""
     target, prediction = np.zeros((2, 1, 64, 64), int)
-    target[0, 10:30, 10:30] = prediction[0, 40:60, 40:60] = 1
-    sheets.overlays(torch.zeros(1, 1, 64, 64), target, torch.tensor(prediction), ["worst: Dice 0"], tmp_path / "o.png")
-    picture = pixels(tmp_path / "o.png")[:-45]                              # without the legend
-    truth, guess = (np.argwhere(coloured(picture, pen.COLOURS[number], 0)).mean(0) for number in (4, 5))
-    assert guess - truth == pytest.approx(np.array([120, 120]), abs=1)      # 30 pixels, enlarged four times
-    assert coloured(picture, pen.COLOURS[5], 0).sum() == 80 ** 2 - 76 ** 2            # inside the mask
+    target[0, 10:30, 10:30], prediction[0, 40:60, 40:60] = 1, 2
+    masks = {"truth": target, "prediction": torch.tensor(prediction)}
+    sheets.overlays(torch.zeros(1, 1, 64, 64), masks, ("none", "a", "b"), ["worst: Dice 0"], tmp_path / "o.png")
+    picture = pixels(tmp_path / "o.png")[:-60]                              # without the legend
+    truth, guess = (np.argwhere(coloured(picture, sheets.mask_colour(number), 0)) for number in (1, 2))
+    assert len(truth) == len(guess) == 4 * 79                               # outlines of 80 x 80 pixels: enlarged four times
+    assert guess.mean(0)[1] - truth.mean(0)[1] == pytest.approx(120, abs=1) and guess.mean(0)[0] > truth.mean(0)[0] + 256

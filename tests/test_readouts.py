@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from medssl.common import augment, feed, loop, metrics
+from medssl.common.errors import UserError
 from medssl.common.evaluation import readouts, scores, subsets
 from medssl.common.features import extract, knn, set_statistics
 from medssl.common.data import Dataset
@@ -245,14 +246,21 @@ def test_subsets_are_nested_stratified_and_by_patient():
 
 
 def test_the_rare_class_is_made_rarer():
+    """The others vary and the rare class stays, along a series that goes up to 1 : 10; or the rare class varies."""
     labels = np.repeat([0, 1, 2], [300, 200, 100])
     target = subsets.Target(labels, tuple("abc"), labels, {"train": np.arange(600)})
     groups = np.arange(600) // 3
-    drawn = {ratio: target.training(groups, "1.0", ratio, 0) for ratio in (None, 1, 10, 1000)}
-    assert [np.bincount(labels[rows]).tolist() for rows in drawn.values()] == [[300, 200, 100], [100, 100, 100], [100, 100, 10], [100, 100, 1]]
-    assert target.rare == 2 and set(drawn[1000]) < set(drawn[10]) < set(drawn[1]) < set(drawn[None])
-    few = target.training(groups, "0.2", 10, 0)
-    assert set(few) < set(drawn[10]) and abs(len(few) - 42) <= 3
+
+    def counts(varies, ratios):
+        drawn = [target.training(groups, "1.0", ratio and subsets.Imbalance(ratio, 10, varies), 0) for ratio in ratios]
+        assert all(set(a) < set(b) or set(b) < set(a) for a, b in zip(drawn, drawn[1:]))
+        return [np.bincount(labels[rows]).tolist() for rows in drawn]
+    assert counts("others", (1, 2, 10, None)) == [[20, 20, 20], [40, 40, 20], [200, 200, 20], [300, 200, 100]]
+    assert counts("rare", (1000, 10, 1, None)) == [[100, 100, 1], [100, 100, 10], [100, 100, 100], [300, 200, 100]]
+    few = target.training(groups, "0.2", subsets.Imbalance(10, 10), 0)
+    assert set(few) < set(target.training(groups, "1.0", subsets.Imbalance(10, 10), 0)) and abs(len(few) - 84) <= 3
+    with pytest.raises(UserError, match="--imbalance 300"):
+        target.training(groups, "1.0", subsets.Imbalance(1, 300), 0)
 
 
 def test_the_linear_probe_standardises_over_training_rows_alone():
@@ -292,3 +300,59 @@ def test_statistics_are_those_of_the_images():
     torch.testing.assert_close(encoder.bn1.running_var, first.var((0, 2, 3)), rtol=1e-4, atol=1e-5)
     assert all(torch.equal(weights[k], v) for k, v in encoder.named_parameters())
     assert not encoder.training and encoder.bn1.momentum == 0.1
+
+
+# ---- scores by patient, and what a difference is worth
+
+def test_scores_by_patient_by_hand():
+    """Three patients: two of class 0 (one is right in the mean although one of its images is wrong), one of class 1."""
+    labels, groups = np.array([0, 0, 0, 1, 1]), np.array([7, 7, 9, 4, 4])
+    shares = np.array([[0.9, 0.1], [0.4, 0.6], [0.3, 0.7], [0.6, 0.4], [0.1, 0.9]])
+    patients = scores.by_patient(labels, groups, ("a", "b"))
+    assert patients.labels.tolist() == [1, 0, 0]                                                            # 4, 7, 9
+    np.testing.assert_allclose(patients.pool(shares)[:, 1], [0.65, 0.35, 0.7])
+    scored = scores.class_scores(labels, shares, ("a", "b"), groups, patients)
+    assert scored.scores["balanced_accuracy"] == pytest.approx((1 / 3 + 1 / 2) / 2)
+    assert scored.scores["balanced_accuracy_per_patient"] == pytest.approx((1 / 2 + 1) / 2)
+    assert scored.scores["auc_per_patient"] == pytest.approx(1 / 2)         # above 7, below 9
+    assert scored.heads == ("balanced_accuracy", "auc", "balanced_accuracy_per_patient", "auc_per_patient")
+    assert scored.again(np.arange(5)).tolist() == pytest.approx([scored.scores[name] for name in scored.heads])
+    twice = np.array([2, 0, 1, 2, 3, 4])                                    # patient 9 drawn twice
+    assert patients.patients_of(twice).tolist() == [2, 1, 2, 0]
+    assert scored.again(twice)[2] == pytest.approx((1 / 3 + 1) / 2)
+    torn = np.array([0, 1, 0, 1, 1])
+    with pytest.raises(UserError, match="patient 7 has images of class a and of class b"):
+        scores.by_patient(torn, groups, ("a", "b"))
+    assert scores.by_patient(torn, groups, ("a", "b"), "max").labels.tolist() == [1, 1, 0]
+
+
+def test_what_a_gain_is_worth():
+    """The probability against a naive loop over draws, and seeds counted."""
+    drawn = np.random.default_rng(0).normal(0.02, 0.02, 1000)
+    found = scores.gain([0.03, 0.02, -0.01], drawn, 50)
+    assert found.not_positive == sum(1 for value in drawn if not value > 0) / 1000
+    assert found.mean == pytest.approx(0.04 / 3) and (found.seeds_above, found.seeds) == (2, 3) and not found.settled
+    assert scores.gain([0.1, 0.1, 0.1], np.full(10, 0.1) + np.arange(10) / 1e4, 50).settled
+    assert not scores.gain([0.1, 0.1], np.full(10, np.nan), 1).settled
+
+
+def simulate(effect, repeats, seeds=3, patients=40):
+    """Share of comparisons that are called settled: the gain of each patient and of each seed varies about the effect."""
+    generator, settled = np.random.default_rng(0), 0
+    for _ in range(repeats):
+        by_patient = generator.normal(effect, 0.2, patients)[:, None] + generator.normal(0, 0.02, seeds)    # (patients, seeds)
+        picks = generator.integers(patients, size=(200, patients))
+        settled += scores.gain(by_patient.mean(0), by_patient.mean(1)[picks].mean(1), patients).settled
+    return settled / repeats
+
+
+def test_settled_is_seldom_wrong_and_often_found():
+    """No effect: at most 5 % of 1,000 comparisons. An effect of four standard errors: most of them."""
+    assert simulate(0.0, 1000) <= 0.05
+    assert simulate(4 * math.sqrt(0.2 ** 2 / 40 + 0.02 ** 2 / 3), 300) > 0.8
+
+
+def test_a_class_that_is_never_predicted_is_named():
+    counts = np.array([[[5, 0, 0], [9, 0, 1], [5, 4, 0]]])
+    assert scores.never_predicted(counts, ("0", "1", "2")) == ["1"]
+    assert scores.never_predicted(np.eye(3)[[0, 0, 2]], ("a", "b", "c")) == ["b"]

@@ -8,11 +8,12 @@ from . import feed
 
 
 @torch.no_grad()
-def extract(encoder, images, rows, device, size=256):
-    """Pooled features (N, D) of dataset rows, the encoder in evaluation mode and left as it was found."""
-    training = encoder.training
+def extract(encoder, images, rows, device, ask=None, size=256):
+    """Pooled features (N, D) of dataset rows, the encoder in evaluation mode and left as it was found. ask(x) -> (B, D):
+    what is asked of it, where that is something else than encoder(x)."""
+    training, ask = encoder.training, ask or encoder
     encoder.eval()
-    features = [encoder(feed.batch(images, rows[i:i + size], device)).float().cpu() for i in range(0, len(rows), size)]
+    features = [ask(feed.batch(images, rows[i:i + size], device)).float().cpu() for i in range(0, len(rows), size)]
     encoder.train(training)
     return torch.cat(features)
 

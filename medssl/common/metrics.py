@@ -245,21 +245,30 @@ def spread(embedding):
 # ---- intervals
 
 def bootstrap(function, groups, repeats=1000, seed=0):
-    """95 % percentile interval (low, high) of function(rows), a number or an array of numbers, when whole groups
-    (patients) are drawn with replacement: images of one patient are not independent. groups (N,): patient of each row;
-    np.arange(N) if every row is its own. For a difference of two models let the function return the difference: both
-    then see the same patients. Draws in which the value is nan do not count; one group gives nan; fewer than about 20
-    groups give too short an interval."""
+    """95 % percentile interval (low, high) of function(rows), a number or an array of numbers: the ends of its draws.
+    Draws in which the value is nan do not count; fewer than about 20 groups give too short an interval."""
+    return ends(draws(function, groups, repeats, seed))
+
+
+def draws(function, groups, repeats=1000, seed=0):
+    """(repeats, ...) function(rows) when whole groups (patients) are drawn with replacement: images of one patient are
+    not independent. groups (N,): patient of each row; np.arange(N) if every row is its own. For a difference of two
+    models let the function return the difference: both then see the same patients. One group gives nan."""
     groups = np.unique(array(groups), return_inverse=True)[1].ravel()
     members = np.split(np.argsort(groups, kind="stable"), np.cumsum(np.bincount(groups))[:-1])
     random = np.random.default_rng(seed)
-    draws = np.array([function(np.concatenate([members[g] for g in random.integers(len(members), size=len(members))]))
+    drawn = np.array([function(np.concatenate([members[g] for g in random.integers(len(members), size=len(members))]))
                       for _ in range(repeats)], float)                      # (repeats, ...)
     if len(members) < 2:
-        draws[:] = np.nan
-    columns = [column[~np.isnan(column)] for column in draws.reshape(repeats, -1).T]
-    ends = np.array([np.percentile(column, [2.5, 97.5]) if len(column) else [np.nan, np.nan] for column in columns])
-    return tuple(ends[:, end].reshape(draws.shape[1:])[()] for end in (0, 1))
+        drawn[:] = np.nan
+    return drawn
+
+
+def ends(drawn):
+    """The 2.5th and the 97.5th percentile over draws (repeats, ...), nan left out."""
+    columns = [column[~np.isnan(column)] for column in drawn.reshape(len(drawn), -1).T]
+    found = np.array([np.percentile(column, [2.5, 97.5]) if len(column) else [np.nan, np.nan] for column in columns])
+    return tuple(found[:, end].reshape(drawn.shape[1:])[()] for end in (0, 1))
 
 
 def t_quantile(freedom):

@@ -124,14 +124,10 @@ def restored_sheet(images, views, restored, path, count=8):
     sheet([("image", images[:count]), ("input", given), ("restored", restored[:count])], path)
 
 
-def overlays(images, targets, predictions, titles, path):
-    """Images (N, C, H, W) and below them the outlines of the true and the predicted masks (N, H, W); where both agree
-    both are seen."""
-    colours, drawn = {"truth": COLOURS[4], "prediction": COLOURS[5]}, []
-    for image, target, prediction in zip(images, targets, predictions):
-        picture = as_picture(image, least=256)
-        pixels = np.array(picture)
-        pixels[outline(as_mask(target, picture), thick=3)] = colours["truth"]
-        pixels[outline(as_mask(prediction, picture), thick=2)] = colours["prediction"]
-        drawn.append(pixels.transpose(2, 0, 1) / 255)                       # (3, H, W)
-    sheet([("image", images), ("outlines", drawn)], path, titles=titles, colours=colours, least=256)
+def overlays(images, masks, classes, titles, path):
+    """Images (N, C, H, W), and below them each of the masks {name: (N, H, W)}, every class in a colour of its own: a
+    class that is taken for another one is seen."""
+    rows = [("image", images)] + [(name, images, mask) for name, mask in masks.items()]
+    found = np.unique(np.concatenate([np.ravel(array(mask)) for mask in masks.values()]))
+    colours = {f"class {classes[number]}": mask_colour(number) for number in found if 0 < number < len(classes)}
+    sheet(rows, path, titles=titles, colours=colours, least=256)

@@ -21,6 +21,7 @@ class Dataset:
     splits: np.ndarray | None = None                                        # (N,) str: train, val, test, unlabeled
     mean: tuple = (0.0,)                                            # per channel, scaled to [0, 1], of rows learnt from
     std: tuple = (1.0,)
+    names: list | None = None                  # of the files below the set's folder, where images are files
 
     def __len__(self):
         return len(self.images)

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from .dataset import LEARNT_FROM, SAME_IMAGE, Dataset, moments, numbered, pooled, refuse_leaks
-from .sources import NO_MASK, PREPARED, UNPACKED
+from .sources import ARRAYS, NO_MASK, PREPARED, UNPACKED
 
 SAMPLE = 64                                                             # images that size, channels, type are chosen by
 CHUNK = 2 ** 20                                                             # pixels that a thread decodes in one go
@@ -60,6 +60,7 @@ def load_rows(source, size=None, channels=None, cache=None, fit="pad"):
     refuse_leaks(source, rows["hashes"].tolist(), *SAME_IMAGE)
     splits = np.array(source.splits) if source.splits else None
     dataset = Dataset(source.name, images, labels, classes, masks, groups, splits)
+    dataset.names = None if source.kind in ARRAYS else source.names
     learnt = dataset.rows(*LEARNT_FROM)
     dataset.mean, dataset.std = pooled(rows["moments"][learnt] if len(learnt) else rows["moments"])
     return dataset, rows

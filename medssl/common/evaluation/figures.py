@@ -4,13 +4,15 @@ import math
 
 import numpy as np
 
-from .. import feed, plots, sheets
-from .report import describe, rare_recall
+from .. import feed, metrics, plots, sheets
+from . import robustness
+from .report import chance_of, describe, rare_recall
 from .study import file_name
 from .tasks import TASKS, WORDS
 
-AXES = {"labels": "training images with labels (log scale)", "imbalance": "other classes : rare class in training (log scale)",
-        "augment": "strength of augmentation, S0 to S6"}
+AXES = {"labels": "training images with labels (log scale)",
+        "imbalance": "images of each other class for one of the rare class (log scale)",
+        "augment": "strength of augmentation, S0 to S6", "stage": "stage of the network"}
 
 
 def draw(study, records, summaries):
@@ -30,28 +32,42 @@ def draw(study, records, summaries):
                 draw_series(study, own, axis, path(f"{axis}-{task}"))
         if sum(m.step is not None for m in study.models) > 1:
             draw_steps(study, own, path(f"steps-{task}"))
+        if task == "robustness":
+            draw_robustness(study, own, path("robustness"))
     for task in dict.fromkeys(r.cell.task for r in records):
         start = next(r for r in records if r.cell.task == task)
-        fits = [r for r in records if r.cell == start.cell]
-        if start.curve:
-            draw_convergence(study, fits, path(f"convergence-{task}"))
-        for r in (r for r in fits if r.seed == start.seed):
-            if r.confusion is not None:
-                plots.confusion_picture(r.confusion, study.targets["labels"].classes, path(f"confusion-{task}-{r.model}"),
-                                        f"{study.dataset.name}, test: {task}, {r.model}")
-            if r.examples:
-                draw_examples(study, r.examples, path(f"overlay-{task}-{r.model}"))
+        draw_fits(study, [r for r in records if r.cell == start.cell], path)
     spectra = {r.model: r.spectrum for r in records if r.spectrum is not None and r.seed == 0}
     if spectra:
         plots.spectrum_chart(spectra, path("spectrum"))
     return names
 
 
+def draw_fits(study, records, path):
+    """What is drawn of single fits, for the first cell of a task and its first seed."""
+    start = records[0]
+    task, target = start.cell.task, study.targets.get(TASKS[start.cell.task].target)
+    if start.curve:
+        draw_convergence(study, records, path(f"convergence-{task}"))
+    for r in (r for r in records if r.seed == start.seed):
+        if r.examples:
+            draw_examples(study, r.examples, path(f"overlay-{task}-{r.model}"))
+        elif target and r.answers.ndim == 2:
+            counts = metrics.confusion(target.values[target.rows["test"]], r.answers.argmax(1), len(target.classes))
+            title = f"{study.dataset.name}, test: {TASKS[task].title}, {r.model}"
+            plots.confusion_picture(counts, target.classes, path(f"confusion-{task}-{r.model}"), title)
+
+
 def draw_examples(study, examples, path):
-    rows = examples["rows"]
+    rows, target = examples["rows"], study.targets["masks"]
     titles = [f"{name}, Dice {dice:.3f}" for name, dice in zip(("best", "median", "worst"), examples["dice"])]
-    sheets.overlays(feed.batch(study.dataset.images, rows, "cpu"), study.targets["masks"].values[rows], examples["predictions"],
-                   titles, path)
+    images = feed.batch(study.dataset.images, rows, "cpu")
+    masks = {"truth": target.values[rows], "prediction": examples["predictions"]}
+    sheets.overlays(images, masks, target.classes, titles, path)
+
+
+def title_of(study, summary):
+    return f"{study.dataset.name}, test: {TASKS[summary.cell.task].title}"
 
 
 def band(summary):
@@ -64,63 +80,83 @@ def band_words(summaries):
     return "band: ± standard deviation over seeds" if summaries[0].seeds > 1 else "band: 95 % interval by patient"
 
 
+def levels(study, task):
+    chance = chance_of(study, task)
+    return {"chance": chance} if chance else {}
+
+
 def draw_scores(study, summaries, path):
     """Bars for the first cell of every task."""
-    names, series, intervals = [m.name for m in study.models], {}, {}
+    names, series, intervals, chances = [m.name for m in study.models], {}, {}, {}
     for task in dict.fromkeys(s.cell.task for s in summaries):
         start = next(s for s in summaries if s.cell.task == task)
         own = {s.model: s for s in summaries if s.cell == start.cell}
-        label = f"{task}: {WORDS[start.main]}, {describe(start.cell)}"
+        label = f"{TASKS[task].title}: {WORDS[start.main]}, {describe(start.cell)}"
         series[label] = [own[n].mean(start.main) if n in own else math.nan for n in names]
-        intervals[label] = list(zip(*(own[n].interval[start.main] if n in own else (math.nan, math.nan) for n in names)))
+        ends = [own[n].interval[start.main] if n in own else (math.nan, math.nan) for n in names]
+        intervals[label], chances = list(zip(*ends)), chances | levels(study, task)
     title = f"{study.dataset.name}: test split, 95 % intervals by patient"
-    plots.bars(plots.Bars(names, series, title, "score", intervals), path)
+    plots.bars(plots.Bars(names, series, title, "score", intervals, chances), path)
 
 
 def draw_series(study, summaries, axis, path):
     """Score against one axis of the series, a line per model; the other axes stay at their first value. Under imbalance
     also the rare class's recall."""
-    others = [key for key in AXES if key != axis]
-    start = summaries[0]
+    start, others = summaries[0], [key for key in AXES if key != axis]
     summaries = [s for s in summaries if all(getattr(s.cell, key) == getattr(start.cell, key) for key in others)]
 
     def place(s):
-        return {"labels": s.train["train_images"], "imbalance": s.cell.imbalance, "augment": int((s.cell.augment or "S0")[1:])}[axis]
+        return {"labels": s.train["train_images"], "imbalance": s.cell.imbalance, "stage": s.cell.stage or 0,
+                "augment": int((s.cell.augment or "S0")[1:])}[axis]
     lines = {m.name: sorted((s for s in summaries if s.model == m.name), key=place) for m in study.models}
     lines = {name: own for name, own in lines.items() if own}
     xs = {name: [place(s) for s in own] for name, own in lines.items()}
-    shared = {"log_x": axis != "augment", "x_label": AXES[axis]}
-    charts = [{"series": {name: (xs[name], [band(s)[0] for s in own]) for name, own in lines.items()}, **shared,
-               "bands": {name: tuple(zip(*(band(s)[1:] for s in own))) for name, own in lines.items()},
-               "title": f"{study.dataset.name}, test: {start.cell.task}; {band_words(summaries)}", "y_label": WORDS[start.main]}]
+    shared = {"log_x": axis in ("labels", "imbalance"), "x_label": AXES[axis]}
+    charts = [plots.Chart({name: (xs[name], [band(s)[0] for s in own]) for name, own in lines.items()}, **shared,
+                          bands={name: tuple(zip(*(band(s)[1:] for s in own))) for name, own in lines.items()},
+                          title=f"{title_of(study, start)}; {band_words(summaries)}", y_label=WORDS[start.main],
+                          horizontal=levels(study, start.cell.task))]
     if axis == "imbalance":
         rare = rare_recall(study)
-        charts.append({"series": {name: (xs[name], [s.mean(rare) for s in own]) for name, own in lines.items()}, **shared,
-                       "title": "the class that is made rare", "y_label": rare})
+        series = {name: (xs[name], [s.mean(rare) for s in own]) for name, own in lines.items()}
+        charts.append(plots.Chart(series, "the class that is made rare", y_label=rare, **shared))
     plots.panels(charts, path, size=(760, 460))
 
 
 def draw_steps(study, summaries, path):
     """Score against the step of pretraining, a line per run that several checkpoints were given of, and the random
-    model as a level."""
+    models as levels."""
     start, runs = summaries[0], {}
     own = {s.model: band(s) for s in summaries if s.cell == start.cell}
     for m in sorted((m for m in study.models if m.step is not None and m.name in own), key=lambda m: m.step):
         runs.setdefault(str(m.name).split("@")[0], []).append((m.step, *own[m.name]))
-    levels = {m.name: own[m.name][0] for m in study.models if not m.file and m.name in own}
+    random = {m.name: own[m.name][0] for m in study.models if m.random and m.name in own}
     plots.curves({name: tuple(zip(*points))[:2] for name, points in runs.items()}, path,
-                 f"{study.dataset.name}, test: {start.cell.task}; {band_words(summaries)}", "steps of pretraining",
-                 WORDS[start.main], bands={name: tuple(zip(*points))[2:] for name, points in runs.items()}, horizontal=levels)
+                 f"{title_of(study, start)}; {band_words(summaries)}", "steps of pretraining", WORDS[start.main],
+                 bands={name: tuple(zip(*points))[2:] for name, points in runs.items()},
+                 horizontal=random | levels(study, start.cell.task))
 
 
-def draw_convergence(study, fits, path):
+def draw_robustness(study, summaries, path):
+    """Balanced accuracy against the strength of each change."""
+    start, steps, charts = summaries[0], (0, *robustness.STRENGTHS), []
+    for name in robustness.CHANGES:
+        keys = ["balanced_accuracy", *(f"{name} {strength}" for strength in robustness.STRENGTHS)]
+        series = {s.model: (steps, [s.mean(key) for key in keys]) for s in summaries if s.cell == start.cell}
+        charts.append(plots.Chart(series, f"{study.dataset.name}: test images {name}", "strength (0: as they are)",
+                                  "balanced accuracy", horizontal=levels(study, "robustness")))
+    plots.panels(charts, path, columns=2)
+
+
+def draw_convergence(study, records, path):
     """Validation score against epochs: mean over seeds and the range of one spread."""
-    series, bands = {}, {}
+    series, bands, cell = {}, {}, records[0].cell
     for m in study.models:
-        curves = np.array([r.curve for r in fits if r.model == m.name])                                     # (seeds, looks, 2)
+        curves = np.array([r.curve for r in records if r.model == m.name])  # (seeds, looks, 2)
         if len(curves):
             epochs, mean, spread = curves[0, :, 0], curves[:, :, 1].mean(0), curves[:, :, 1].std(0)
             series[m.name], bands[m.name] = (epochs, mean), (mean - spread, mean + spread)
-    cell = fits[0].cell
-    plots.curves(series, path, f"{study.dataset.name}, validation: {cell.task}, {describe(cell)}; band: ± standard deviation over seeds",
-                 "epochs", WORDS[TASKS[cell.task].columns[0]], bands=bands)
+    title = (f"{study.dataset.name}, validation: {TASKS[cell.task].title}, {describe(cell)}; "
+             "band: ± standard deviation over seeds")
+    score = "balanced_accuracy" if TASKS[cell.task].target == "labels" else "dice"
+    plots.curves(series, path, title, "epochs", WORDS[score], bands=bands, horizontal=levels(study, cell.task))

@@ -1,8 +1,10 @@
 """What labels are read out with: a linear probe on frozen features, or heads that the loop trains.
 
 Frozen read-outs        linear_probe (on features extracted once), Segmenter with a LinearHead
-Trained read-outs       Classifier, Segmenter with a U-Net decoder; both keep to the contract of a method and train through loop.fit
-Choosing                every choice (L2, epoch) is made on validation rows; none of these functions ever sees a test row before it is made
+Trained read-outs       Classifier, Grader, Segmenter with a U-Net decoder; they keep to the contract of a method and
+                        train through loop.fit
+Choosing                every choice (L2, epoch) is made on validation rows; none of these functions ever sees a test
+                        row before it is made
 """
 
 import copy
@@ -23,23 +25,31 @@ L2_GRID = (10.0, 1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-5)                              
 # ---- frozen features
 
 def linear_probe(features, labels, train, val, classes, class_weights=None):
-    """Logistic regression on features (N, D) standardised over the training rows. The L2 penalty with the best balanced accuracy on the
-    validation rows is kept, the stronger one if two are equal. Returns the class shares of any rows, as a function, and what was chosen."""
+    """Logistic regression on features (N, D) standardised over the training rows. The L2 penalty with the best balanced
+    accuracy on the validation rows is kept, the stronger one if two are equal. Returns the class shares of any rows (of
+    these features, or of others), as a function, and what was chosen."""
     mean, std = features[train].mean(0), features[train].std(0, correction=0)
-    x = (features - mean) / torch.where(std > 1e-6 * features[train].abs().max(), std, 1.0)          # (N, D); a constant feature stays 0
+    std = torch.where(std > 1e-6 * features[train].abs().max(), std, 1.0)   # a constant feature stays 0
+    x = (features - mean) / std                                             # (N, D)
     y, best, weights = torch.as_tensor(labels), None, None
     for l2 in L2_GRID:
         weights = logistic(x[train], y[train], classes, l2, class_weights, weights)
         score = metrics.balanced_accuracy(labels[val], affine(x[val], weights).argmax(1))
         if best is None or score > best["validation"]:
             best, chosen = {"validation": score, "l2": l2}, weights
-    return lambda rows: affine(x[rows], chosen).softmax(1).numpy(), best
+
+    def predict(rows, others=features):
+        return affine((others[rows] - mean) / std, chosen).softmax(1).numpy()
+    return predict, best
 
 
 def logistic(x, y, classes, l2, class_weights=None, start=None):
-    """Weights (D + 1, classes), the last row the bias, that minimise mean cross-entropy + l2 / 2 |weights without bias|^2, by L-BFGS."""
-    weights = (torch.zeros(x.shape[1] + 1, classes, dtype=x.dtype) if start is None else start.clone()).requires_grad_()
-    optimizer = torch.optim.LBFGS([weights], max_iter=100, tolerance_grad=1e-6, tolerance_change=1e-9, line_search_fn="strong_wolfe")
+    """Weights (D + 1, classes), the last row the bias, that minimise mean cross-entropy + l2 / 2 |weights without
+    bias|^2, by L-BFGS."""
+    weights = torch.zeros(x.shape[1] + 1, classes, dtype=x.dtype) if start is None else start.clone()
+    weights.requires_grad_()
+    optimizer = torch.optim.LBFGS([weights], max_iter=100, tolerance_grad=1e-6, tolerance_change=1e-9,
+                                  line_search_fn="strong_wolfe")
 
     def loss():
         optimizer.zero_grad()
@@ -125,7 +135,8 @@ class Classifier(nn.Module):
         return self.augment(images), labels
 
     def forward(self, x, labels):
-        return {"loss": F.cross_entropy(self.logits(x), labels, self.class_weights), "chance": math.log(self.head.out_features)}
+        loss = F.cross_entropy(self.logits(x), labels, self.class_weights)
+        return {"loss": loss, "chance": math.log(self.head.out_features)}
 
     def logits(self, x):
         return self.head(self.encoder(x)).float()                           # (B, classes)
@@ -137,8 +148,37 @@ class Classifier(nn.Module):
         pass
 
 
+class Grader(nn.Module):
+    """One output on the pooled feature, for classes that are ordered: its square distance to the grade is the loss."""
+
+    def __init__(self, encoder, augment, classes):
+        super().__init__()
+        self.encoder, self.augment, self.classes = encoder, augment, classes
+        self.head = nn.Linear(encoder.dim, 1)
+        nn.init.constant_(self.head.bias, (classes - 1) / 2)                # starts in the middle of the scale
+
+    @torch.no_grad()
+    def views(self, images, labels):
+        return self.augment(images), labels
+
+    def forward(self, x, labels):
+        return {"loss": F.mse_loss(self.grade(x), labels.float())}
+
+    def grade(self, x):
+        return self.head(self.encoder(x)).float().squeeze(1)                # (B,)
+
+    def answer(self, x):
+        """(B, classes); the nearest grade has the largest share: thresholds lie at .5, 1.5, ..."""
+        grades = torch.arange(self.classes, device=x.device)
+        return (-(self.grade(x)[:, None] - grades) ** 2).softmax(1)
+
+    def after_step(self, outs, progress):
+        pass
+
+
 class Segmenter(nn.Module):
-    """A head on the encoder's maps: head(maps) -> (B, classes, h, w). The masks take the way of the images, nearest, background outside."""
+    """A head on the encoder's maps: head(maps) -> (B, classes, h, w). The masks take the way of the images, nearest,
+    background outside."""
 
     def __init__(self, encoder, augment, head, classes, loss="dice", class_weights=None):
         super().__init__()
@@ -155,7 +195,7 @@ class Segmenter(nn.Module):
 
     def logits(self, x):
         logits = self.head(self.encoder.features(x)).float()                # (B, classes, h, w)
-        return F.interpolate(logits, x.shape[2:], mode="bilinear")          # (B, classes, H, W); as they are where they fit
+        return F.interpolate(logits, x.shape[2:], mode="bilinear")          # (B, classes, H, W)
 
     def answer(self, x):
         return self.logits(x).argmax(1).byte()                              # (B, H, W)
@@ -165,8 +205,8 @@ class Segmenter(nn.Module):
 
 
 class LinearHead(nn.Module):
-    """A 1x1 convolution on the four maps, brought to stride 4 and joined. A BatchNorm without weights of its own puts the maps on one scale:
-    in evaluation the whole is one affine map of each place's features."""
+    """A 1x1 convolution on the maps, brought to stride 4 and joined. A BatchNorm without weights of its own puts the
+    maps on one scale: in evaluation the whole is one affine map of each place's features."""
 
     def __init__(self, widths, strides, classes):
         super().__init__()
@@ -210,14 +250,15 @@ def tune(method, dataset, rows, score, training):
         if not steps:
             continue
         (release if phase else freeze)(method.encoder)
-        part = replace(config, steps=steps, warmup=min(config.warmup, steps // 10), seed=2 * config.seed + phase, log_every=look)
+        part = replace(config, steps=steps, warmup=min(config.warmup, steps // 10), seed=2 * config.seed + phase,
+                       log_every=look)
         groups = optim.parameter_groups(method, config.weight_decay, {"head.": training.head_rate})
         for record in loop.fit(method, dataset, part, rows, training.weights, groups):
             if record["step"] % look == 0 or record["step"] == steps:
                 curve.append((done + record["step"], score(method)))
                 if best is None or curve[-1][1] > best[0]:
                     best = curve[-1][1], copy.deepcopy(method.state_dict())
-        if record["step"] < steps:                                          # the loop ends early, and in order, on Ctrl-C
+        if record["step"] < steps:                                          # the loop ends early, in order, on Ctrl-C
             raise KeyboardInterrupt
         done += steps
     method.load_state_dict(best[1])

@@ -1,27 +1,29 @@
-"""From answers to scores: per image, per slice and per patient, and what an interval is drawn from.
+"""From answers to scores per image, slice and patient; what intervals are drawn from; what a difference is worth.
 
-Answers are what a fit says of the test images: class shares (N, K), or for masks the pixels of each class in each slice,
-(N, 3, K): in both masks, in the predicted one, in the true one. To add a score: a function in metrics.py and a line in
-one of the two tables below.
+Answers are what a fit says of the test images: class shares (N, K), or for masks the pixels of each class in each
+slice, (N, 3, K): in both masks, in the predicted one, in the true one. To add a score: a function in metrics.py and a
+line in one of the two tables below.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from .. import metrics
+from ..errors import UserError
 
 
 @dataclass(frozen=True)
 class Score:
-    words: str                              # the head of its column
-    value: Callable                         # (labels, shares) -> number, or (both, predicted, true) -> numbers
-    most_classes: float = 0                 # intervals are drawn up to so many classes: a thousand draws take time
+    words: str                                  # the head of its column
+    value: Callable                             # (labels, shares) -> number, or (both, predicted, true) -> numbers
+    most_classes: float = 0                     # intervals are drawn up to so many classes: a thousand draws take time
 
 
 CLASS_SCORES = {
-    "balanced_accuracy": Score("balanced accuracy", lambda y, s: metrics.balanced_accuracy(y, s.argmax(1)), np.inf),
+    "balanced_accuracy": Score("balanced accuracy", lambda y, s: metrics.balanced_accuracy(y, s.argmax(1)), math.inf),
     "auc": Score("AUC", metrics.auc, 2),
     "accuracy": Score("accuracy", lambda y, s: metrics.accuracy(y, s.argmax(1))),
     "macro_f1": Score("F1", lambda y, s: metrics.macro_f1(y, s.argmax(1))),
@@ -29,34 +31,82 @@ CLASS_SCORES = {
     "quadratic_kappa": Score("kappa", lambda y, s: metrics.quadratic_kappa(y, s.argmax(1))),
 }
 MASK_SCORES = {
-    "dice": Score("Dice", metrics.dice_of, np.inf),
-    "iou": Score("IoU", metrics.iou_of, np.inf),
+    "dice": Score("Dice", metrics.dice_of, math.inf),
+    "iou": Score("IoU", metrics.iou_of, math.inf),
 }
-SLICE = "_per_slice"
+SLICE, PATIENT = "_per_slice", "_per_patient"
+BY_PATIENT = ("balanced_accuracy", "auc")       # the class scores that --per patient adds
 WORDS = {name: score.words for name, score in (CLASS_SCORES | MASK_SCORES).items()}
 WORDS |= {name + SLICE: f"{score.words}/slice" for name, score in MASK_SCORES.items()}
+WORDS |= {name + PATIENT: f"{CLASS_SCORES[name].words}/patient" for name in BY_PATIENT}
 
 
 @dataclass
 class Scored:
     """The scores of one fit, and those among them that intervals are drawn for."""
-    scores: dict                            # name: value
-    heads: tuple = ()                       # names of the drawn ones
-    again: Callable | None = None           # units drawn -> their values (heads,)
-    units: np.ndarray | None = None         # the patient of each unit
+    scores: dict                                # name: value
+    heads: tuple = ()                           # names of the drawn ones
+    again: Callable | None = None               # units drawn -> their values (heads,)
+    units: np.ndarray | None = None             # the patient of each unit
 
 
-def class_scores(labels, shares, classes, groups):
-    """Of labels (N,) and class shares (N, K)."""
+# ---- classes
+
+def class_scores(labels, shares, classes, groups, per=None):
+    """Of labels (N,) and class shares (N, K); per: what `by_patient` made of the labels, for scores by patient too."""
     scores = {name: score.value(labels, shares) for name, score in CLASS_SCORES.items()}
     found = metrics.recalls(labels, shares.argmax(1), len(classes))         # (K,)
     scores |= {f"recall {name}": float(value) for name, value in zip(classes, found)}
-    heads = tuple(name for name, score in CLASS_SCORES.items() if shares.shape[1] <= score.most_classes)
+    drawn = [name for name, score in CLASS_SCORES.items() if shares.shape[1] <= score.most_classes]
+    heads, parts = list(drawn), [(drawn, labels, shares, lambda rows: rows)]
+    if per:
+        pooled, chosen = per.pool(shares), [name for name in BY_PATIENT if name in drawn]
+        scores |= {name + PATIENT: CLASS_SCORES[name].value(per.labels, pooled) for name in BY_PATIENT}
+        heads += [name + PATIENT for name in chosen]
+        parts.append((chosen, per.labels, pooled, per.patients_of))
 
     def again(rows):
-        return np.array([CLASS_SCORES[name].value(labels[rows], shares[rows]) for name in heads])
-    return Scored(scores, heads, again, groups)
+        return np.array([CLASS_SCORES[name].value(y[own], s[own]) for names, y, s, of in parts for own in [of(rows)]
+                         for name in names])
+    return Scored(scores, tuple(heads), again, groups)
 
+
+@dataclass
+class Patients:
+    """The test images patient by patient."""
+    member: np.ndarray                          # (N,) which patient, from 0
+    labels: np.ndarray                          # (patients,)
+
+    def pool(self, shares):
+        """Mean class shares of each patient's images, (patients, K)."""
+        sums = np.zeros((len(self.labels), shares.shape[1]))
+        np.add.at(sums, self.member, shares)
+        return sums / np.bincount(self.member)[:, None]
+
+    def patients_of(self, rows):
+        """The patients behind drawn rows, each as often as it was drawn: whole patients are drawn, so that its first
+        image counts the draws."""
+        first = np.zeros(len(self.member), bool)
+        first[np.unique(self.member, return_index=True)[1]] = True
+        return self.member[rows[first[rows]]]
+
+
+def by_patient(labels, groups, classes, rule=None):
+    """One label for each patient. Several are an error; with the rule "max" the highest counts, as with grades."""
+    numbers, member = np.unique(groups, return_inverse=True)
+    highest, lowest = np.full(len(numbers), -1), np.full(len(numbers), len(classes))
+    np.maximum.at(highest, member, labels)
+    np.minimum.at(lowest, member, labels)
+    torn = np.flatnonzero(highest != lowest)
+    if len(torn) and rule != "max":
+        number = torn[0]
+        raise UserError(f"--per patient: patient {numbers[number]} has images of class {classes[lowest[number]]} and "
+                        f"of class {classes[highest[number]]}, and {len(torn) - 1} more have several classes; "
+                        "--patient-label max takes the last of a patient's classes")
+    return Patients(member, highest)
+
+
+# ---- masks
 
 def pixel_counts(predictions, masks, classes):
     """Masks (N, H, W) -> (N, 3, K): pixels of each class in both, predicted, true."""
@@ -93,6 +143,51 @@ def slice_dice(counts):
     return np.array([metrics.mean_defined(values) for values in metrics.dice_of(*counts.swapaxes(0, 1))[:, 1:]])
 
 
+def never_predicted(answers, classes):
+    """Names of the classes that are there and that no answer names. answers: shares (N, K), or counts (N, 3, K)."""
+    if answers.ndim == 3:
+        predicted, true = answers[:, 1].sum(0) > 0, answers[:, 2].sum(0) > 0
+    else:
+        predicted, true = np.bincount(answers.argmax(1), minlength=len(classes)) > 0, np.ones(len(classes), bool)
+    return [name for name, dead in zip(classes, true & ~predicted) if dead]
+
+
+# ---- differences
+
+@dataclass(frozen=True)
+class Gain:
+    """What a difference of two models is worth."""
+    mean: float
+    interval: list                              # 95 %, the test patients drawn anew
+    half_width_over_seeds: float                # of the 95 % t interval
+    not_positive: float                         # share of the draws in which the difference is not above 0
+    seeds_above: int                            # in so many seeds it is above 0
+    seeds: int
+    settled: bool                               # larger than what patients and seeds together make of nothing
+
+
+def gain(by_seed, draws, patients):
+    """by_seed (S,): the difference in each seed, on the same patients; draws (R,): its mean over the seeds for patients
+    drawn anew.
+
+    Settled: a t test whose variance is that of the draws plus that of the mean over seeds, with Satterthwaite's
+    degrees of freedom. Either alone is too bold: few patients make all seeds agree, and many patients say nothing of a
+    lucky seed."""
+    by_seed, draws = np.asarray(by_seed, float), draws[~np.isnan(draws)]
+    mean, half = metrics.mean_interval(by_seed)
+    if len(draws) < 2:
+        return Gain(mean, [math.nan] * 2, half, math.nan, int((by_seed > 0).sum()), len(by_seed), False)
+    of_patients = draws.var()
+    of_seeds = by_seed.var(ddof=1) / len(by_seed) if len(by_seed) > 1 else 0.0
+    both = of_patients + of_seeds
+    settled = False
+    if both > 0:
+        freedom = both ** 2 / (of_patients ** 2 / max(patients - 1, 1) + of_seeds ** 2 / max(len(by_seed) - 1, 1))
+        settled = abs(mean) > metrics.t_quantile(max(1, int(freedom))) * math.sqrt(both)
+    return Gain(mean, np.percentile(draws, [2.5, 97.5]).tolist(), half, float((draws <= 0).mean()),
+                int((by_seed > 0).sum()), len(by_seed), bool(settled))
+
+
 def steps_to(curve, level):
     """The first step at which a validation curve [(step, score)] reaches this level; nan if it never does."""
-    return next((step for step, score in curve if score >= level), np.nan)
+    return next((step for step, score in curve if score >= level), math.nan)

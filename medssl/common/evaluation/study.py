@@ -1,6 +1,7 @@
 """What is compared, and on what: the settings, the models (the rows of every table), the images.
 
-A model is a network with its weights, or with random ones. `rows` always means row numbers of the data set.
+A model is a network with its weights, a network with random ones, or a file of features that another program made.
+`rows` always means row numbers of the data set.
 """
 
 import copy
@@ -17,10 +18,12 @@ from tqdm import tqdm
 
 from .. import data, encoders, files
 from ..errors import UserError
-from ..features import extract
+from ..features import extract, set_statistics
+from . import foreign
 from .readouts import fingerprint
 
-Cell = namedtuple("Cell", "task labels imbalance augment")                 # None where a task has no such choice
+# One entry of the series that are run; None where a task has no such choice.
+Cell = namedtuple("Cell", "task labels imbalance augment stage", defaults=[None] * 4)
 
 
 @dataclass(frozen=True)
@@ -28,16 +31,24 @@ class Settings:
     """How the models are compared. The flags of these names say in `evaluate.py --help` what each is."""
     labels: tuple = ("1.0",)
     imbalance: tuple = (None,)
+    imbalance_varies: str = "others"
     augment: tuple = ("S1",)
+    stage: tuple = (None,)
     resample: bool = False
     freeze: float = 0
     epochs: float = 10
     steps: int | None = None
     batch: int = 64
+    optimizer: str = "adamw"
     lr: float = 1e-3
     head_lr: float | None = None
+    weight_decay: float = 0.01
     loss: str | None = None
+    neighbours: int = 20
     transfer: str = "encoder"
+    statistics: str = "kept"
+    per: str = "image"
+    patient_label: str | None = None
     seeds: int = 3
     device: str = "auto"
     amp: str = "off"
@@ -45,23 +56,32 @@ class Settings:
 
 @dataclass
 class Model:
-    """One row of the tables. file None: random weights."""
+    """One row of the tables."""
     name: str
-    encoder: str
-    stem: str
-    file: Path | None = None
+    encoder: str | None                         # None: features of another program
+    stem: str | None
+    file: Path | None = None                    # None: random weights
     config: dict | None = None                  # of the run that the file lies in
     step: int | None = None                     # of its pretraining, where the file's name says so
     network: torch.nn.Module | None = None
+    features: torch.Tensor | None = None        # (N, D), of another program
+    normalised: bool = False                    # random weights, but BatchNorm's statistics of the training images
+
+    @property
+    def random(self):
+        return self.file is None
 
     def fresh(self, study, seed):
         """The encoder as it is before a read-out; a random one is drawn anew from every seed."""
-        if self.file:
+        if not self.random:
             return copy.deepcopy(self.network)
         torch.manual_seed(seed)
         dataset = study.dataset
         network = encoders.build(self.encoder, dataset.images.shape[1], self.stem, dataset.mean, dataset.std)
-        return network.to(study.device, memory_format=torch.channels_last)
+        network.to(study.device, memory_format=torch.channels_last)
+        if self.normalised:
+            set_statistics(network, dataset.images, study.learnt_from(), study.device)
+        return network
 
 
 @dataclass
@@ -73,19 +93,25 @@ class Study:
     groups: np.ndarray                          # (N,) patient of each image
     out: Path | None = None                     # folder of the results
     targets: dict = field(default_factory=dict)                             # "labels", "masks": Target
+    patients: object = None                     # scores.Patients of the test labels, with --per patient
     notes: list = field(default_factory=list)                               # one line each, said once
-    kept: dict = field(default_factory=dict)    # features and hash, by name of the model
+    kept: dict = field(default_factory=dict)    # features and hash, by model and stage
 
     def note(self, line):
         if line not in self.notes:
             self.notes.append(line)
             tqdm.write(f"note: {line}")
 
-    def base_of(self, name):
-        """The random model of the same network."""
-        own = next(m for m in self.models if m.name == name)
-        kinds = [m for m in self.models if not m.file and (m.encoder, m.stem) == (own.encoder, own.stem)]
-        return kinds[0].name
+    def bases_of(self, name):
+        """The random models of the same network; features of another program are held against the first kind."""
+        own, random = next(m for m in self.models if m.name == name), [m for m in self.models if m.random]
+        kind = (own.encoder, own.stem) if own.encoder else (random[0].encoder, random[0].stem)
+        return [m.name for m in random if (m.encoder, m.stem) == kind]
+
+    def learnt_from(self):
+        """Rows of the training images, labelled or not."""
+        rows = self.dataset.rows("train", "unlabeled")
+        return rows if len(rows) else np.arange(len(self.dataset))
 
     def watched(self):
         """Up to 1000 test images for the spectrum; of all images where there is no test split."""
@@ -93,25 +119,28 @@ class Study:
         rows = rows if len(rows) else np.arange(len(self.dataset))
         return np.random.default_rng(0).permutation(rows)[:1000]
 
-    def features(self, model, seed, everything=False):
-        """Features (N, D) of all images that read-outs ask for (or of everything), and the encoder's hash, which
-        extraction must not change."""
-        if model.name not in self.kept:
+    def features(self, model, seed, stage=None):
+        """Features (N, D) of all images that read-outs ask for, and the encoder's hash, which extraction must not
+        change. stage: of that stage's map, pooled, from 1."""
+        if model.features is not None:
+            return model.features, None
+        if (model.name, stage) not in self.kept:
             network = model.fresh(self, seed)
             before = fingerprint(network)
             asked = [self.watched(), *(self.targets["labels"].rows.values() if "labels" in self.targets else [])]
-            rows = np.arange(len(self.dataset)) if everything else np.unique(np.concatenate(asked))
-            found = extract(network, self.dataset.images, rows, self.device)
+            rows = np.unique(np.concatenate(asked))
+            ask = None if stage is None else lambda x: network.features(x)[stage - 1].mean((2, 3))          # (B, width)
+            found = extract(network, self.dataset.images, rows, self.device, ask)
             features = torch.zeros(len(self.dataset), found.shape[1])
             features[rows] = found                                          # (N, D)
-            self.kept[model.name] = features, unchanged(before, network)
-        return self.kept[model.name]
+            self.kept[model.name, stage] = features, unchanged(before, network)
+        return self.kept[model.name, stage]
 
     def forget_random(self):
         """Before the next seed: its random networks are others."""
-        for model in self.models:
-            if not model.file:
-                self.kept.pop(model.name, None)
+        for model, stage in list(self.kept):
+            if next(m for m in self.models if m.name == model).random:
+                del self.kept[model, stage]
 
 
 def unchanged(before, network):
@@ -129,7 +158,7 @@ def file_name(text):
 
 @dataclass(frozen=True)
 class Where:
-    """Which images to look at, and as what network to take what does not say so itself. None: as the first run has it."""
+    """Which images to look at, and what to take a file for that does not say so. None: as the first run has it."""
     data: str | None = None
     label: str | None = None
     size: int | None = None
@@ -149,21 +178,24 @@ def open_study(paths, where, settings, device):
     study = Study(settings, dataset, device, line_up(models, where, dataset), groups)
     if dataset.splits is None:
         study.dataset = dataset = data.split(dataset)
-        study.note(f"{dataset.name} has no splits: patients are dealt to train, val and test (70, 10, 20 %) from seed 0; an encoder that was "
-                   "pretrained on this set was trained on the images that are scored, though without labels")
+        study.note(f"{dataset.name} has no splits: patients are dealt to train, val and test (70, 10, 20 %) from seed "
+                   "0; an encoder that was pretrained on this set was trained on the images that are scored, though "
+                   "without labels")
     if dataset.groups is None:
-        study.note(f"{dataset.name} has no patient numbers: every image counts as a patient of its own, and intervals may be too short")
-    shape = dataset.images.shape[1:]
+        study.note(f"{dataset.name} has no patient numbers: every image counts as a patient of its own, and intervals "
+                   "may be too short")
     if run and (where.size, where.channels) == (None, None):
-        study.note(f"images are loaded as {' x '.join(map(str, shape))}, as {run.name} saw them")
+        study.note(f"images are loaded as {by(dataset.images.shape[1:])}, as {run.name} saw them")
     for model in models:
-        model.network = load_network(model, dataset, device)
-        seen = model.config["data"] if model.config else {"channels": shape[0], "size": shape[1]}
-        if (seen["channels"], seen["size"]) != shape[:2]:
-            spread = ", its first layer summed or spread over the channels" * (seen["channels"] != shape[0])
-            study.note(f"{model.name} was trained on {seen['channels']} x {seen['size']} x {seen['size']} images and is "
-                       f"scored on {' x '.join(map(str, shape))} ones{spread}")
+        if model.encoder is None:
+            model.features = foreign.line_up(model.features, dataset, model.file, study.note)
+        else:
+            model.network = open_network(model, study)
     return study
+
+
+def by(shape):
+    return " x ".join(map(str, shape))
 
 
 def open_images(where, models, run):
@@ -179,8 +211,10 @@ def open_images(where, models, run):
 
 
 def describe(path, where):
-    """The model that a run's folder or a file of weights stands for."""
+    """The model that a run's folder, a file of weights or a file of features stands for."""
     path = Path(path)
+    if path.suffix == ".npz":
+        return Model(path.stem, None, None, path, features=foreign.read(path))
     file, folder = (path / "encoder.pt", path) if path.is_dir() else (path, path.parent)
     if path.is_dir() and not file.is_file():
         raise UserError(f"{path}: holds no encoder.pt: neither a run nor a file of weights")
@@ -192,10 +226,12 @@ def describe(path, where):
         return Model(name, *guess(state, where, file), file)
     try:
         config = json.loads((folder / "config.json").read_text())
-        _ = [config["arguments"][key] for key in ("data", "label")] + [config["data"][key] for key in ("channels", "size")]
-        return Model(name, config["encoder"]["name"], config["encoder"]["stem"], file, config, int(step[1]) if step else None)
+        _ = [config[room][key] for room, keys in (("arguments", ("data", "label")), ("data", ("channels", "size")))
+             for key in keys]
+        kind = config["encoder"]["name"], config["encoder"]["stem"]
+        return Model(name, *kind, file, config, int(step[1]) if step else None)
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{folder / 'config.json'}: damaged; leave it away and the file is taken as bare weights") from None
+        raise UserError(f"{folder / 'config.json'}: damaged; without it the file is taken as bare weights") from None
 
 
 def guess(state, where, file):
@@ -211,6 +247,21 @@ def guess(state, where, file):
     if where.encoder:
         raise UserError(f"{file}: {why}")
     raise UserError(f"{file}: its keys and shapes are those of none of {', '.join(encoders.ENCODERS)}")
+
+
+def open_network(model, study):
+    """The model's network, with a note where it meets other images than it was trained on."""
+    shape, seen = study.dataset.images.shape[1:], None
+    if model.config:
+        seen = model.config["data"]["channels"], model.config["data"]["size"]
+    if seen and seen != shape[:2]:
+        spread = ", its first layer summed or spread over the channels" * (seen[0] != shape[0])
+        study.note(f"{model.name} was trained on {by((*seen, seen[1]))} images and is scored on {by(shape)} ones"
+                   + spread)
+    network = load_network(model, study.dataset, study.device)
+    if study.settings.statistics == "data":
+        set_statistics(network, study.dataset.images, study.learnt_from(), study.device)
+    return network
 
 
 def load_network(model, dataset, device):
@@ -231,15 +282,16 @@ def load_network(model, dataset, device):
 
 
 def line_up(models, where, dataset):
-    """All models: a random one for each kind of network, then the given ones, those of one run by their step, each with
-    a name of its own."""
+    """All models: two random ones for each kind of network, then the given ones, those of one run by their step, each
+    with a name of its own."""
     stem = where.stem or ("small" if dataset.images.shape[2] < 40 else "default")
-    kinds = list(dict.fromkeys((m.encoder, m.stem) for m in models))
+    kinds = list(dict.fromkeys((m.encoder, m.stem) for m in models if m.encoder))
     kinds = kinds or [(where.encoder or ("tiny" if where.data == "phantoms" else "resnet18"), stem)]
     names = ["random"] if len(kinds) == 1 else [f"random {' '.join(kind)}" for kind in kinds]
     runs = [model.name.split("@")[0] for model in models]
     models = sorted(models, key=lambda m: (runs.index(m.name.split("@")[0]), m.step or math.inf))
-    lined = [Model(name, *kind) for name, kind in zip(names, kinds)] + models
+    lined = [Model(name + ", normalised" * normalised, *kind, normalised=normalised)
+             for name, kind in zip(names, kinds) for normalised in (False, True)] + models
     for number, model in enumerate(lined):                                  # runs/a and old/a
         if model.name in [earlier.name for earlier in lined[:number]]:
             model.name += f" ({number})"

@@ -1,7 +1,7 @@
 """Which images a read-out may learn from, is chosen on, and is scored on.
 
-Subsets of the training images are nested (7 images are among the 10 %), by patient (whole patients come one after the other) and stratified; they
-are functions of the seed. Validation and test images are never touched by them.
+Subsets of the training images are nested (7 images are among the 10 %), by patient (whole patients come one after the
+other) and stratified; they are functions of the seed. Validation and test images are never touched by them.
 """
 
 from dataclasses import dataclass, field
@@ -11,14 +11,26 @@ import numpy as np
 from ..errors import UserError
 
 
+@dataclass(frozen=True)
+class Imbalance:
+    """How rare the rare class is made. ratio: images of each other class for one of the rare class.
+
+    Varying the others keeps the number of rare images the same along the whole series, so that what a ratio does is not
+    mixed with what few rare images do. `most` is the largest ratio of the series: the rare class has as many images as
+    that one allows. Varying the rare class keeps the others at the size of the rare one, and of that one 1 / ratio."""
+    ratio: float
+    most: float
+    varies: str = "others"                      # or rare
+
+
 @dataclass
 class Target:
     """What is to be told, and the rows that may be learned from, chosen on, and scored."""
-    values: np.ndarray                                                      # labels (N,) or masks (N, H, W)
+    values: np.ndarray                          # labels (N,) or masks (N, H, W)
     classes: tuple
-    strata: np.ndarray                                                      # (N,) what subsets keep the shares of
-    rows: dict                                                              # train, val, test
-    orders: dict = field(default_factory=dict)                              # of the training rows, by seed and ratio
+    strata: np.ndarray                          # (N,) what subsets keep the shares of
+    rows: dict                                  # train, val, test
+    orders: dict = field(default_factory=dict)  # of the training rows, by seed and imbalance
 
     @property
     def rare(self):
@@ -26,53 +38,67 @@ class Target:
         counts = np.bincount(self.strata[self.rows["train"]])
         return int(np.where(counts > 0, counts, counts.sum() + 1).argmin())
 
-    def training(self, groups, amount, ratio, seed):
-        """The images that may be learned from: the rare class thinned if there is a ratio, and of those a share or number."""
-        if (seed, ratio) not in self.orders:
+    def training(self, groups, amount, imbalance, seed):
+        """The images that may be learned from: thinned if there is an imbalance, and of those a share or number."""
+        if (seed, imbalance) not in self.orders:
             rows = self.rows["train"]
-            if ratio:
+            if imbalance:
                 rows = self.training(groups, "1.0", None, seed)
-                rows = thinned(rows, self.strata[rows], self.rare, ratio)
-            self.orders[seed, ratio] = in_order(rows, groups[rows], self.strata[rows], seed)
-        order = self.orders[seed, ratio]
+                rows = thinned(rows, self.strata[rows], self.rare, imbalance)
+            self.orders[seed, imbalance] = in_order(rows, groups[rows], self.strata[rows], seed)
+        order = self.orders[seed, imbalance]
         return prefix(order, groups[order], amount)
 
 
 def find_target(dataset, groups, kind, note):
-    """Labels or masks, with the rows that have one. Sets without a validation split give 15 % of their training patients for it."""
-    values = getattr(dataset, kind)
-    if kind == "labels":
-        usable, strata, classes = values >= 0, values, dataset.classes
-    else:
-        held = np.array([np.bincount(mask.ravel(), minlength=256)[:255] > 0 for mask in values])             # (N, 255)
-        usable, often = held.any(1), held.sum(0)
-        strata = np.where(held, often, len(held) + 1).argmin(1)             # the rarest class in the picture
-        classes = dataset.classes if dataset.labels is None else tuple(map(str, range(np.flatnonzero(often)[-1] + 1 if usable.any() else 0)))
-    rows = {name: dataset.rows(name)[usable[dataset.rows(name)]] for name in ("train", "val", "test")}
-    for name in ("train", "test"):
-        if not len(rows[name]):
-            raise UserError(f"{dataset.name}: no image of the {name} split has a {kind[:-1]}")
+    """Labels or masks, with the rows that have one. Of a set without a validation split 15 % of the training patients
+    are taken for it."""
+    values, name = getattr(dataset, kind), dataset.name
+    usable, strata, classes, held = about_labels(dataset) if kind == "labels" else about_masks(dataset)
+    rows = {split: dataset.rows(split)[usable[dataset.rows(split)]] for split in ("train", "val", "test")}
+    for split in ("train", "test"):
+        if not len(rows[split]):
+            raise UserError(f"{name}: no image of the {split} split has a {kind[:-1]}")
     if not len(rows["val"]):
         order = in_order(rows["train"], groups[rows["train"]], strata[rows["train"]], 0)
         rows["val"] = prefix(order, groups[order], "0.15")
         rows["train"] = np.setdiff1d(rows["train"], rows["val"])
-        note(f"{dataset.name} has no validation split with {kind}: {len(rows['val'])} training images are kept for it")
-    seen = {name: set(np.flatnonzero(held[own].any(0)) if kind == "masks" else values[own]) for name, own in rows.items()}
+        note(f"{name} has no validation split with {kind}: {len(rows['val'])} training images are kept for it")
+    seen = {split: held(own) for split, own in rows.items()}                # the classes in each split
     if len(seen["train"]) < 2:
-        raise UserError(f"{dataset.name}: the training {kind} hold only one class ({classes[min(seen['train'])]}): there is nothing to tell apart")
-    for name in ("train", "test"):
-        absent = [c for i, c in enumerate(classes) if i not in seen[name]]
+        raise UserError(f"{name}: the training {kind} hold only one class ({classes[min(seen['train'])]}): "
+                        "there is nothing to tell apart")
+    for split in ("train", "test"):
+        absent = [c for i, c in enumerate(classes) if i not in seen[split]]
         if absent:
-            effect = "never predicted, and scored 0 where it occurs" if name == "train" else "left out of the means"
-            note(f"no image of the {name} split holds class {', '.join(absent)}: {effect}")
-    if len(np.unique(groups[rows["test"]])) < 20:
-        note(f"the test split has {len(np.unique(groups[rows['test']]))} patients with {kind}: fewer than 20 give too short intervals")
+            effect = "never predicted, and scored 0 where it occurs" if split == "train" else "left out of the means"
+            note(f"no image of the {split} split holds class {', '.join(absent)}: {effect}")
+    patients = len(np.unique(groups[rows["test"]]))
+    if patients < 20:
+        note(f"the test split has {patients} patients with {kind}: fewer than 20 give too short intervals")
     return Target(values, classes, strata, rows)
 
 
+def about_labels(dataset):
+    """Which images have one, their strata, the classes, and which classes some rows hold."""
+    labels = dataset.labels
+    return labels >= 0, labels, dataset.classes, lambda rows: set(labels[rows])
+
+
+def about_masks(dataset):
+    """The same; the stratum of an image is the rarest class in its mask."""
+    held = np.array([np.bincount(mask.ravel(), minlength=256)[:255] > 0 for mask in dataset.masks])         # (N, 255)
+    usable, often = held.any(1), held.sum(0)
+    strata = np.where(held, often, len(held) + 1).argmin(1)
+    last = np.flatnonzero(often)[-1] + 1 if usable.any() else 0
+    classes = dataset.classes if dataset.labels is None else tuple(map(str, range(last)))
+    return usable, strata, classes, lambda rows: set(np.flatnonzero(held[rows].any(0)))
+
+
 def in_order(rows, groups, strata, seed, tries=16):
-    """The rows patient by patient, in an order whose every prefix holds the strata (classes) in about their shares of the whole: of the next
-    `tries` patients of a shuffled list, the one that brings the shares nearest comes first. So subsets are nested, by patient and stratified."""
+    """The rows patient by patient, in an order whose every prefix holds the strata (classes) in about their shares of
+    the whole: of the next `tries` patients of a shuffled list, the one that brings the shares nearest comes first. So
+    subsets are nested, by patient and stratified."""
     _, member = np.unique(groups, return_inverse=True)
     strata = np.unique(strata, return_inverse=True)[1]
     counts = np.zeros((member.max() + 1, strata.max() + 1))                 # (patients, strata)
@@ -93,8 +119,8 @@ def in_order(rows, groups, strata, seed, tries=16):
 
 
 def prefix(order, groups, amount):
-    """The first rows of an order: "0.25" the whole patients that come nearest to this share of the images, "7n" seven images, and with them the
-    patients begun. groups: the patient of each row in this order."""
+    """The first rows of an order: "0.25" the whole patients that come nearest to this share of the images, "7n" seven
+    images, and with them the patients begun. groups: the patient of each row in this order."""
     if amount.endswith("n"):
         if int(amount[:-1]) > len(order):
             raise UserError(f"--labels {amount}: there are {len(order)} labelled training images")
@@ -103,10 +129,21 @@ def prefix(order, groups, amount):
     return order[:ends[np.abs(ends - float(amount) * len(order)).argmin()]]
 
 
-def thinned(order, labels, rare, ratio):
-    """The first rows of each class: as many of every class as there are of the rare one, and of that one 1 / ratio as many. labels: of these rows."""
-    most = (labels == rare).sum()
+def thinned(order, labels, rare, imbalance):
+    """The first rows of each class of an order. labels: of these rows."""
+    counts = np.bincount(labels)
+    if imbalance.varies == "rare":
+        keep = np.full(len(counts), counts[rare])
+        keep[rare] = max(1, round(counts[rare] / imbalance.ratio))
+    else:
+        others = min(count for c, count in enumerate(counts) if count and c != rare)
+        few = min(counts[rare], int(others / imbalance.most))
+        if not few:
+            raise UserError(f"--imbalance {imbalance.most:g}: the smallest of the other classes has {others} training "
+                            "images, too few for this ratio; take a smaller one, or --imbalance-varies rare")
+        keep = np.full(len(counts), round(few * imbalance.ratio))
+        keep[rare] = few
     place = np.empty(len(order), int)                                       # how many of its class came before
     for c in np.unique(labels):
         place[labels == c] = np.arange((labels == c).sum())
-    return order[place < np.where(labels == rare, max(1, round(most / ratio)), most)]
+    return order[place < keep[labels]]

@@ -5,17 +5,17 @@ answered once, at the end. To add a task: a function from a Fit to a Record, and
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from .. import augment, encoders, files, loop, metrics, unet
 from ..errors import UserError
-from ..features import knn
-from . import readouts, scores
+from ..features import extract, knn
+from . import readouts, robustness, scores
 from .study import Cell, Model, Study, file_name, unchanged
-from .subsets import Target
+from .subsets import Imbalance, Target
 
 
 @dataclass
@@ -28,58 +28,76 @@ class Fit:
     target: Target | None = None
     rows: np.ndarray | None = None              # to learn from
 
+    @property
+    def values(self):
+        return self.target.values
+
+    @property
+    def classes(self):
+        return len(self.target.classes)
+
     def class_weights(self, wanted):
         """By which all classes weigh alike; None: every image or pixel weighs alike."""
         if not wanted:
             return None
-        counts = np.bincount(self.target.values[self.rows].ravel(), minlength=len(self.target.classes))
-        return readouts.balanced_weights(counts)
+        return readouts.balanced_weights(np.bincount(self.values[self.rows].ravel(), minlength=self.classes))
 
 
 @dataclass
 class Record:
-    """What came out of one fit: the answers to the test images, their scores, and the fit's own facts."""
+    """What came out of one fit: the answers to the test images, and the fit's own facts. Everything can be written to a
+    file and read again; the scores follow from it."""
     model: str
     cell: Cell
     seed: int
-    scored: scores.Scored
+    answers: np.ndarray | None = None           # of the test images, as scores.py wants them
+    measures: dict = field(default_factory=dict)                            # scores that the task took itself
     train_images: int | None = None
     train_patients: int | None = None
     frozen: str | None = None                   # hash of the encoder, the same before and after
     validation: float | None = None             # the score by which l2 or the epoch was chosen
     l2: float | None = None
     curve: list | None = None                   # [(epoch, validation score)]
-    confusion: np.ndarray | None = None         # (K, K) rows: truth
     spectrum: np.ndarray | None = None
     examples: dict | None = None                # best, median and worst test image: rows, predictions, dice
-
-    def facts(self):
-        """The plain fields, as results.json has them."""
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("cell", "scored", "examples")}
-        return {**own, **self.cell._asdict(), "scores": self.scored.scores}
+    scored: scores.Scored | None = None
 
 
 def run(study, cell, model, seed):
     """One fit and its record."""
-    task, fit = TASKS[cell.task], Fit(study, cell, model, seed)
-    if task.target:
-        fit.target = study.targets[task.target]
-        fit.rows = fit.target.training(study.groups, cell.labels, cell.imbalance, seed)
-    return task.run(fit)
+    fit = Fit(study, cell, model, seed)
+    if TASKS[cell.task].target:
+        fit.target = study.targets[TASKS[cell.task].target]
+        fit.rows = training_rows(study, cell, seed)
+    return TASKS[cell.task].run(fit)
+
+
+def applies(cell, model):
+    """Whether the task can be asked of the model, and is worth asking: where all of the network is trained, BatchNorm's
+    statistics at the start make no difference, so that one random model is enough."""
+    task = TASKS[cell.task]
+    if model.features is not None:
+        return task.needs == "features" and cell.stage is None
+    return task.frozen or not model.normalised
+
+
+def training_rows(study, cell, seed):
+    """The images that a cell learns from."""
+    settings, target = study.settings, study.targets[TASKS[cell.task].target]
+    imbalance = cell.imbalance and Imbalance(cell.imbalance, max(settings.imbalance), settings.imbalance_varies)
+    return target.training(study.groups, cell.labels, imbalance, seed)
 
 
 def answered(fit, predict, **facts):
     """The record of a fit that learned: predict(rows) is asked for the test rows, once."""
-    study, target, test = fit.study, fit.target, fit.target.rows["test"]
-    answers, truth, groups = predict(test), target.values[test], study.groups[test]
+    test, study = fit.target.rows["test"], fit.study
+    answers = predict(test)
     if TASKS[fit.cell.task].target == "masks":
-        counts = scores.pixel_counts(answers, truth, len(target.classes))
-        scored = scores.mask_scores(counts, target.classes, groups)
+        counts = scores.pixel_counts(answers, fit.values[test], fit.classes)
         facts["examples"] = examples(scores.slice_dice(counts), test, answers) if fit.seed == 0 else None
-    else:
-        scored = scores.class_scores(truth, answers, target.classes, groups)
-        facts["confusion"] = metrics.confusion(truth, answers.argmax(1), len(target.classes))
-    return Record(fit.model.name, fit.cell, fit.seed, scored, len(fit.rows), len(np.unique(study.groups[fit.rows])), **facts)
+        answers = counts
+    return Record(fit.model.name, fit.cell, fit.seed, answers, train_images=len(fit.rows),
+                  train_patients=len(np.unique(study.groups[fit.rows])), **facts)
 
 
 def examples(each, rows, answers):
@@ -91,32 +109,95 @@ def examples(each, rows, answers):
     return {"rows": rows[chosen], "predictions": answers[chosen], "dice": each[chosen]}
 
 
+# ---- from a record to its scores
+
+def score(record, study):
+    """Fills in record.scored."""
+    record.scored = TASKS[record.cell.task].score(record, study)
+    return record
+
+
+def score_classes(record, study):
+    target = study.targets["labels"]
+    test = target.rows["test"]
+    return scores.class_scores(target.values[test], record.answers, target.classes, study.groups[test], study.patients)
+
+
+def score_masks(record, study):
+    target = study.targets["masks"]
+    return scores.mask_scores(record.answers, target.classes, study.groups[target.rows["test"]])
+
+
+def score_measures(record, study):
+    return scores.Scored(dict(record.measures))
+
+
+def score_robustness(record, study):
+    """answers (1 + variants, N, K): class shares of the test images as they are, then changed."""
+    target = study.targets["labels"]
+    labels, groups = target.values[target.rows["test"]], study.groups[target.rows["test"]]
+    predictions = record.answers.argmax(2)                                  # (1 + variants, N)
+
+    def again(rows):
+        each = np.array([metrics.balanced_accuracy(labels[rows], answer[rows]) for answer in predictions])
+        return np.array([each[0], each[0] - each[1:].mean()])
+    each = [metrics.balanced_accuracy(labels, answer) for answer in predictions]
+    own = {f"{name} {strength}": value for (name, strength), value in zip(robustness.VARIANTS, each[1:])}
+    drops = {f"drop, {name}": each[0] - np.mean([own[f"{name} {s}"] for s in robustness.STRENGTHS])
+             for name in robustness.CHANGES}
+    return scores.Scored({"balanced_accuracy": each[0], "drop": each[0] - np.mean(each[1:])} | drops | own,
+                         ("balanced_accuracy", "drop"), again, groups)
+
+
 # ---- frozen features
 
 def by_neighbours(fit):
-    features, frozen = fit.study.features(fit.model, fit.seed)
-    values, classes = fit.target.values, len(fit.target.classes)
+    features, frozen = fit.study.features(fit.model, fit.seed, fit.cell.stage)
+    smallest = min(np.unique(fit.values[fit.rows], return_counts=True)[1])
+    k = min(fit.study.settings.neighbours, 2 * smallest - 1)                # else the smallest class could never win
+    if k < fit.study.settings.neighbours:
+        fit.study.note(f"knn: {k} neighbours, as the smallest class has {smallest} training images in some cells")
 
     def predict(asked):
-        shares = knn(features[fit.rows], values[fit.rows], features[asked])
-        return np.pad(shares, ((0, 0), (0, classes - shares.shape[1])))     # classes never seen: 0
+        shares = knn(features[fit.rows], fit.values[fit.rows], features[asked], k)
+        return np.pad(shares, ((0, 0), (0, fit.classes - shares.shape[1])))             # classes never seen: 0
     return answered(fit, predict, frozen=frozen)
 
 
 def by_linear_probe(fit):
-    features, frozen = fit.study.features(fit.model, fit.seed)
-    settings, target = fit.study.settings, fit.target
-    weights = fit.class_weights(settings.loss == "balanced" or settings.resample)
-    predict, chosen = readouts.linear_probe(features, target.values, fit.rows, target.rows["val"], len(target.classes), weights)
+    features, frozen = fit.study.features(fit.model, fit.seed, fit.cell.stage)
+    predict, chosen = probe(fit, features)
     return answered(fit, predict, frozen=frozen, **chosen)
+
+
+def probe(fit, features):
+    settings = fit.study.settings
+    weights = fit.class_weights(settings.loss == "balanced" or settings.resample)
+    return readouts.linear_probe(features, fit.values, fit.rows, fit.target.rows["val"], fit.classes, weights)
+
+
+def under_changes(fit):
+    """The linear probe of the images as they are, asked about the test images as they are and changed."""
+    study, test = fit.study, fit.target.rows["test"]
+    features, frozen = study.features(fit.model, fit.seed)
+    predict, chosen = probe(fit, features)
+    network, shares = fit.model.fresh(study, fit.seed), [predict(test)]
+    for name, strength in robustness.VARIANTS:
+        changed = features.clone()
+        changed[test] = extract(network, study.dataset.images, test, study.device,
+                                lambda x, n=name, s=strength: network(robustness.CHANGES[n](x, s)))
+        shares.append(predict(test, changed))
+    record = answered(fit, lambda rows: shares[0], frozen=unchanged(frozen, network), **chosen)
+    record.answers = np.stack(shares)                                       # (1 + variants, N, K)
+    return record
 
 
 def directions(fit):
     """How many directions the features of test images use; nothing is learned."""
     features, frozen = fit.study.features(fit.model, fit.seed)
     features = features[fit.study.watched()]
-    measured = {name: getattr(metrics, name)(features) for name in DIRECTIONS}
-    return Record(fit.model.name, fit.cell, fit.seed, scores.Scored(measured), frozen=frozen,
+    measures = {name: getattr(metrics, name)(features) for name in DIRECTIONS}
+    return Record(fit.model.name, fit.cell, fit.seed, measures=measures, frozen=frozen,
                   spectrum=metrics.spectrum(features))
 
 
@@ -125,12 +206,17 @@ def directions(fit):
 def by_classifier(fit):
     network, views = start(fit)
     weights = fit.class_weights(fit.study.settings.loss == "balanced")
-    return trained(fit, readouts.Classifier(network, views, len(fit.target.classes), weights))
+    return trained(fit, readouts.Classifier(network, views, fit.classes, weights))
+
+
+def by_grader(fit):
+    network, views = start(fit)
+    return trained(fit, readouts.Grader(network, views, fit.classes))
 
 
 def by_linear_segmenter(fit):
     network, views = start(fit)
-    head = readouts.LinearHead(network.widths, network.strides, len(fit.target.classes))
+    head = readouts.LinearHead(network.widths, network.strides, fit.classes)
     return trained(fit, segmenter(fit, network, views, head))
 
 
@@ -148,7 +234,7 @@ def start(fit):
 
 def segmenter(fit, network, views, head):
     loss = fit.study.settings.loss or "dice"
-    return readouts.Segmenter(network, views, head, len(fit.target.classes), loss, fit.class_weights(loss == "balanced"))
+    return readouts.Segmenter(network, views, head, fit.classes, loss, fit.class_weights(loss == "balanced"))
 
 
 def trained(fit, method):
@@ -161,19 +247,20 @@ def trained(fit, method):
 
     def validate(_):
         if TASKS[fit.cell.task].target == "masks":
-            counts = scores.pixel_counts(predict(val), target.values[val], len(target.classes))
+            counts = scores.pixel_counts(predict(val), fit.values[val], fit.classes)
             return scores.mask_scores(counts, target.classes, study.groups[val]).scores["dice"]
-        return metrics.balanced_accuracy(target.values[val], predict(val).argmax(1))
+        return metrics.balanced_accuracy(fit.values[val], predict(val).argmax(1))
 
     per_epoch, steps, frozen = schedule(settings, fit.cell.task, target)
-    transferred = fit.cell.task == "unet" and settings.transfer == "encoder+decoder"
-    head_lr = settings.head_lr or settings.lr * (1 if transferred else 10)  # new heads have far to go
-    config = loop.Config(steps=steps, batch=settings.batch, optimizer="adamw", lr=settings.lr, weight_decay=0.01,
-                         warmup=steps // 10, clip=5.0, amp=settings.amp, seed=fit.seed, device=settings.device)
+    config = loop.Config(steps=steps, batch=settings.batch, optimizer=settings.optimizer, lr=settings.lr,
+                         weight_decay=settings.weight_decay, warmup=steps // 10, clip=5.0, amp=settings.amp,
+                         seed=fit.seed, device=settings.device)
     drawn = 1 / np.bincount(target.strata[fit.rows])[target.strata[fit.rows]] if settings.resample else None
-    training = readouts.Training(config, min(per_epoch, max(1, steps // 10)), frozen, drawn, head_lr / settings.lr)
+    look = min(per_epoch, max(1, steps // 10))
+    training = readouts.Training(config, look, frozen, drawn, head_lr(settings, fit.cell.task) / settings.lr)
     curve = readouts.tune(method, study.dataset, fit.rows, validate, training)
-    facts = {"validation": max(score for _, score in curve[1:]), "curve": [(step / per_epoch, score) for step, score in curve]}
+    facts = {"validation": max(score for _, score in curve[1:]),
+             "curve": [(step / per_epoch, score) for step, score in curve]}
     if frozen == steps:
         facts["frozen"] = unchanged(before, method.encoder)
     else:
@@ -181,15 +268,22 @@ def trained(fit, method):
     return answered(fit, predict, **facts)
 
 
+def head_lr(settings, task):
+    """New heads have far to go; a decoder that was transferred has not."""
+    transferred = task == "unet" and settings.transfer == "encoder+decoder"
+    return settings.head_lr or settings.lr * (1 if transferred else 10)
+
+
 def schedule(settings, task, target):
     """Steps per epoch (as with all labels, however few there are), steps, and how many with the encoder frozen."""
     per_epoch = max(1, len(target.rows["train"]) // settings.batch)
     steps = settings.steps or max(1, round(settings.epochs * per_epoch))
-    if TASKS[task].needs == "frozen":
+    if TASKS[task].frozen:
         return per_epoch, steps, steps
     frozen = round(settings.freeze * per_epoch)
     if frozen >= steps:
-        raise UserError(f"--freeze {settings.freeze:g}: {frozen} steps with the encoder frozen leave none of the {steps} to train it")
+        raise UserError(f"--freeze {settings.freeze:g}: {frozen} steps with the encoder frozen leave none of the "
+                        f"{steps} to train it")
     return per_epoch, steps, frozen
 
 
@@ -203,15 +297,15 @@ def keep_encoder(folder, network):
 def decoder_for(fit, network):
     """A U-Net decoder; with --transfer encoder+decoder it starts with the weights of the run's own, but for the last
     layer."""
-    classes, folder = len(fit.target.classes), fit.model.file and fit.model.file.parent
-    fresh = unet.Decoder(network.widths, network.strides, classes)
+    folder = None if fit.model.random else fit.model.file.parent
+    fresh = unet.Decoder(network.widths, network.strides, fit.classes)
     if fit.study.settings.transfer == "encoder" or not folder:
         return fresh
     checkpoint = folder / "checkpoint.pt"
     state = files.load_torch(checkpoint)["method"] if checkpoint.is_file() else {}
     state = {key.removeprefix("decoder."): value for key, value in state.items()
              if key.startswith("decoder.") and not key.startswith("decoder.out.")}
-    for decoder in (fresh, unet.Decoder(network.widths, network.strides, classes, skips=False)):
+    for decoder in (fresh, unet.Decoder(network.widths, network.strides, fit.classes, skips=False)):
         own = {key: value.shape for key, value in decoder.state_dict().items() if not key.startswith("out.")}
         if own == {key: value.shape for key, value in state.items()}:
             decoder.load_state_dict(state, strict=False)
@@ -224,34 +318,51 @@ def decoder_for(fit, network):
 
 @dataclass(frozen=True)
 class Task:
+    title: str                                  # in tables and charts
     words: str                                  # what is done
     run: Callable[[Fit], Record]
-    needs: str                                  # features, frozen (a network that stays as it is) or network
+    score: Callable[[Record, Study], scores.Scored]
     columns: tuple                              # scores of its table; the first is charted
+    needs: str                                  # features (of any program) or a network
+    frozen: bool                                # whether the encoder stays as it is
     target: str | None = None                   # labels, masks
     chosen: str | None = None                   # what is chosen on validation
-
-    @property
-    def trains(self):
-        """Whether the loop trains something: there is augmentation then, and a curve."""
-        return self.needs != "features"
+    trains: bool = False                        # by the loop: there is augmentation, and a curve
+    staged: bool = False                        # whether it can be asked of one stage's map
 
 
-FROZEN = "encoder frozen, in evaluation mode"
-CLASSES, MASKS = tuple(scores.CLASS_SCORES), (*scores.MASK_SCORES, *(name + scores.SLICE for name in scores.MASK_SCORES))
+CLASSES = (*scores.CLASS_SCORES, *(name + scores.PATIENT for name in scores.BY_PATIENT))
+MASKS = (*scores.MASK_SCORES, *(name + scores.SLICE for name in scores.MASK_SCORES))
 SPEED = {"epochs_to_95": "epochs to 95 %", "epochs_to_95_of_random": "to 95 % of random"}
 DIRECTIONS = {"rank_me": "RankMe", "alpha_req": "alpha-ReQ", "participation_ratio": "participation",
               "mean_correlation": "correlation", "spread": "spread"}
-WORDS = scores.WORDS | SPEED | DIRECTIONS       # the head of each column
+DROPS = ("balanced_accuracy", "drop", *(f"drop, {name}" for name in robustness.CHANGES))
+WORDS = scores.WORDS | SPEED | DIRECTIONS | {"drop": "mean drop"}           # the heads of columns
 
 TASKS = {
-    "knn": Task(f"{FROZEN}; the 20 nearest training images by cosine vote", by_neighbours, "features", CLASSES, "labels"),
-    "linear": Task(f"{FROZEN}; logistic regression on its standardised features", by_linear_probe, "features", CLASSES,
-                   "labels", "L2"),
-    "finetune": Task("one linear layer on the encoder, all of it trained", by_classifier, "network", (*CLASSES, *SPEED),
-                     "labels", "epoch"),
-    "segment": Task(f"{FROZEN}; one 1x1 convolution on its four maps", by_linear_segmenter, "frozen", (*MASKS, *SPEED),
-                    "masks", "epoch"),
-    "unet": Task("U-Net decoder on the encoder, all of it trained", by_unet, "network", (*MASKS, *SPEED), "masks", "epoch"),
-    "collapse": Task(f"{FROZEN}; no labels are used", directions, "features", tuple(DIRECTIONS)),
+    "knn": Task(
+        "kNN", "vote of the nearest training images by cosine", by_neighbours, score_classes, CLASSES,
+        needs="features", frozen=True, target="labels", staged=True),
+    "linear": Task(
+        "linear probe", "logistic regression on standardised features", by_linear_probe, score_classes, CLASSES,
+        needs="features", frozen=True, target="labels", chosen="L2", staged=True),
+    "finetune": Task(
+        "fine-tuning", "one linear layer on the encoder, all of it trained", by_classifier, score_classes,
+        (*CLASSES, *SPEED), needs="network", frozen=False, target="labels", chosen="epoch", trains=True),
+    "grade": Task(
+        "grades", "one output on the encoder, all of it trained by squared error; the nearest grade is the answer",
+        by_grader, score_classes, (*CLASSES, *SPEED), needs="network", frozen=False, target="labels", chosen="epoch",
+        trains=True),
+    "segment": Task(
+        "linear segmentation", "one 1x1 convolution on the encoder's maps", by_linear_segmenter, score_masks,
+        (*MASKS, *SPEED), needs="network", frozen=True, target="masks", chosen="epoch", trains=True),
+    "unet": Task(
+        "U-Net", "U-Net decoder on the encoder, all of it trained", by_unet, score_masks, (*MASKS, *SPEED),
+        needs="network", frozen=False, target="masks", chosen="epoch", trains=True),
+    "collapse": Task(
+        "collapse", "how many directions the features of test images use; no labels", directions, score_measures,
+        tuple(DIRECTIONS), needs="features", frozen=True),
+    "robustness": Task(
+        "robustness", "the linear probe, asked about darker, noisier, blurrier and turned test images", under_changes,
+        score_robustness, DROPS, needs="network", frozen=True, target="labels", chosen="L2"),
 }
