@@ -163,29 +163,25 @@ class Gain:
     not_positive: float                         # share of the draws in which the difference is not above 0
     seeds_above: int                            # in so many seeds it is above 0
     seeds: int
-    settled: bool                               # larger than what patients and seeds together make of nothing
+    settled: bool                               # larger than what the draws of patients and seeds make of nothing
 
 
 def gain(by_seed, draws, patients):
     """by_seed (S,): the difference in each seed, on the same patients; draws (R,): its mean over the seeds for patients
     drawn anew.
 
-    Settled: a t test whose variance is that of the draws plus that of the mean over seeds, with Satterthwaite's
-    degrees of freedom. Either alone is too bold: few patients make all seeds agree, and many patients say nothing of a
-    lucky seed."""
+    Settled: the mean lies further from 0 than the two 95 % half widths, that of the draw of patients and that of the
+    draw of seeds, added in squares. Either alone is too bold: few patients make all seeds agree, and many patients say
+    nothing of a lucky seed; so one seed settles nothing."""
     by_seed, draws = np.asarray(by_seed, float), draws[~np.isnan(draws)]
-    mean, half = metrics.mean_interval(by_seed)
-    if len(draws) < 2:
-        return Gain(mean, [math.nan] * 2, half, math.nan, int((by_seed > 0).sum()), len(by_seed), False)
-    of_patients = draws.var()
-    of_seeds = by_seed.var(ddof=1) / len(by_seed) if len(by_seed) > 1 else 0.0
-    both = of_patients + of_seeds
-    settled = False
-    if both > 0:
-        freedom = both ** 2 / (of_patients ** 2 / max(patients - 1, 1) + of_seeds ** 2 / max(len(by_seed) - 1, 1))
-        settled = abs(mean) > metrics.t_quantile(max(1, int(freedom))) * math.sqrt(both)
-    return Gain(mean, np.percentile(draws, [2.5, 97.5]).tolist(), half, float((draws <= 0).mean()),
-                int((by_seed > 0).sum()), len(by_seed), bool(settled))
+    mean, over_seeds = metrics.mean_interval(by_seed)
+    counts = {"seeds_above": int((by_seed > 0).sum()), "seeds": len(by_seed)}
+    if len(draws) < 2 or patients < 2:
+        return Gain(mean, [math.nan] * 2, over_seeds, math.nan, **counts, settled=False)
+    deviation = draws.std() * math.sqrt(patients / (patients - 1))          # draws vary by n - 1 in n too little
+    over_patients = metrics.t_quantile(patients - 1) * deviation
+    return Gain(mean, np.percentile(draws, [2.5, 97.5]).tolist(), over_seeds, float((draws <= 0).mean()), **counts,
+                settled=bool(abs(mean) > math.hypot(over_patients, over_seeds)))
 
 
 def steps_to(curve, level):
