@@ -172,6 +172,9 @@ def test_refuses_what_is_ambiguous_and_says_where_it_looked(tmp_path):
     circle["again"] = circle
     with pytest.raises(ValueError, match="not a state dict"):
         encoders.load(circle, target)
+    with pytest.raises(ValueError, match="encoder: 10 missing") as said:
+        encoders.load(tiny_encoder(3).state_dict(), deep)
+    assert "another shape" not in str(said.value)                           # channels are converted
     with pytest.raises(ValueError, match="conv1.weight 3, here"):
         encoders.load(one.state_dict() | {"conv1.weight": torch.ones(3)}, target)
     assert torch.equal(before, target.conv1.weight)

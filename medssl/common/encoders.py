@@ -261,8 +261,8 @@ def read(flat, prefix, keys, encoder, name):
     """(state dict, what is wrong with it in words, what the file holds besides)"""
     own, state = encoder.state_dict(), {key: flat[there] for key, there in keys.items()}
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]  # not in old files
-    if not missing and "conv1.weight" in own:
-        state["conv1.weight"] = match_channels(state["conv1.weight"], own["conv1.weight"].shape[1], name)
+    if "conv1.weight" in own.keys() & state.keys():
+        state["conv1.weight"] = match_channels(state["conv1.weight"], own["conv1.weight"], name)
     taken = set(keys.values())
     tops = {there.removeprefix(prefix).split(".")[0] for there in taken}
     rest = [key for key in flat if key not in taken]
@@ -284,10 +284,11 @@ def branch(key, prefix):
     return next((part for part, own in zip(parts, prefix.split("."), strict=False) if part != own), parts[-1])
 
 
-def match_channels(weight, channels, name):
-    """First-layer weights (O, C, k, k) for another number of channels: summed to one, or one spread over several."""
-    if weight.ndim != 4 or weight.shape[1] == channels:
-        return weight
+def match_channels(weight, own, name):
+    """First-layer weights (O, C, k, k) for as many channels as `own`: summed to one, or one spread over several."""
+    channels = own.shape[1]
+    if weight.ndim != 4 or weight[:, 0].shape != own[:, 0].shape or weight.shape[1] == channels:
+        return weight                                                       # of another kernel, or nothing to do
     if channels == 1:
         return weight.sum(1, keepdim=True)                                  # what a gray image repeated C times gives
     if weight.shape[1] == 1:
