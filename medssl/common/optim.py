@@ -7,7 +7,7 @@ LARS divides by |gradient| + decay * |weights|, as most code does; some divides 
 differs a little. With trust_clip=True it is LARC: no layer takes a larger step than SGD would with the same rate.
 
 Biases, norms and tokens do not decay, and LARS and LAMB do not scale their steps. Some released code makes no such
-difference (the SGD of MoCo v2 and of Wolf et al., the LARS of Wolf's SwAV): with decay_all=True neither does this.
+difference (Wolf et al. 2023: SGD and LARS treat all parameters alike): with decay_all=True neither does this.
 """
 
 import math
