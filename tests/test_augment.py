@@ -35,16 +35,56 @@ def test_every_recipe(name, channels):
     assert torch.equal(again, recipe(picture, geometry=True)[0])
 
 
+def agreement(recipe, channels=1, size=64):
+    """How well the geometry of any augmentation fits its views: the mean correlation between each view and what its
+    theta cuts from the image. About 1 if the map is right, half of that or less if it is inverted or of another image.
+    """
+    torch.manual_seed(0)
+    images = batch(32, channels, size)
+    views, theta = recipe(images, geometry=True)
+    grid = F.affine_grid(theta, (len(views), 1, *views.shape[2:]), align_corners=False)     # (B, S, S, 2)
+    cut = F.grid_sample(images, grid, align_corners=False)                                  # (B, C, S, S)
+    inside = (grid.abs() < 1).all(3)                                                        # (B, S, S)
+    pairs = [torch.corrcoef(torch.stack([view.mean(0)[where], piece.mean(0)[where]]))[0, 1]
+             for view, piece, where in zip(views, cut, inside, strict=True)]
+    return torch.stack(pairs).abs().mean().item()
+
+
+@pytest.mark.parametrize("name", augment.RECIPES)
+def test_every_geometry_has_the_right_direction(name):
+    assert agreement(augment.build(name, 48), channels=1) > 0.9
+
+
+def test_wrong_geometry_is_found():
+    """What passes every check of shapes: the map from image to view, another sample's, x and y exchanged."""
+    def wrong(change):
+        right = augment.Augment(64, crop=(0.2, 0.5), rotation=30, flip=0.5)
+
+        def recipe(images, geometry):
+            views, theta = right(images, geometry=True)
+            return views, change(theta)
+        return agreement(recipe)
+
+    def inverse(theta):
+        square = torch.cat([theta, torch.tensor([0.0, 0, 1]).expand(len(theta), 1, 3)], 1)  # (B, 3, 3)
+        return torch.linalg.inv(square)[:, :2]
+
+    assert wrong(lambda theta: theta) > 0.95
+    for change in (inverse, lambda theta: theta.roll(1, 0), lambda theta: theta.flip(1)):
+        assert wrong(change) < 0.5
+
+
 def test_theta_says_where_each_view_pixel_came_from():
     """An image whose two channels hold its own x and y: a view of it shows its own geometry."""
     size = 40
     line = (torch.arange(size) + 0.5) / size * 2 - 1
-    ramp = torch.stack([line.expand(size, size), line.view(-1, 1).expand(size, size)])                     # (2, S, S) in (-1, 1)
+    ramp = torch.stack([line.expand(size, size), line.view(-1, 1).expand(size, size)])      # (2, S, S) in (-1, 1)
     images = (ramp / 4 + 0.5).expand(16, -1, -1, -1)
-    recipe = augment.Augment(20, crop=(0.2, 0.5), rotation=60, flip=0.5, flip_vertical=0.5, quarter_turn=0.5, zoom=(0.8, 1.2))
+    recipe = augment.Augment(20, crop=(0.2, 0.5), rotation=60, flip=0.5, flip_vertical=0.5, quarter_turn=0.5,
+                             zoom=(0.8, 1.2))
     torch.manual_seed(0)
     views, theta = recipe(images, geometry=True)
-    grid = F.affine_grid(theta, (16, 1, 20, 20), align_corners=False).permute(0, 3, 1, 2)                  # (16, 2, 20, 20)
+    grid = F.affine_grid(theta, (16, 1, 20, 20), align_corners=False).permute(0, 3, 1, 2)   # (16, 2, 20, 20)
     inside = (grid.abs() < 0.9).all(1, keepdim=True).expand_as(grid)
     assert inside.float().mean() > 0.5
     assert torch.allclose(((views - 0.5) * 4)[inside], grid[inside], atol=0.03)
@@ -59,9 +99,72 @@ def test_crops_keep_the_area_and_ratio_that_were_asked_for():
     _, theta = recipe(torch.zeros(4000, 1, 16, 16), geometry=True)
     width, height = theta[:, 0, 0], theta[:, 1, 1]
     area, ratio = width * height, width / height
-    assert 0.2 - 1e-4 <= area.min() and area.max() <= 0.6 + 1e-4 and abs(area.mean() - 0.4) < 0.01        # uniform in the area
+    assert 0.2 - 1e-4 <= area.min() and area.max() <= 0.6 + 1e-4 and abs(area.mean() - 0.4) < 0.01        # uniform
     assert 0.75 - 1e-4 <= ratio.min() and ratio.max() <= 4 / 3 + 1e-4 and abs(ratio.log().mean()) < 0.01
     assert (theta[:, 0, 2].abs() + width).max() <= 1 + 1e-4                 # never beyond the image
+
+
+def crop_by_hand(random, height, width, crop, low=3 / 4, high=4 / 3):
+    """RandomResizedCrop: ten tries, then the largest central piece with an allowed ratio. (x, y, w, h) in pixels."""
+    for _ in range(10):
+        area = random.uniform(*crop) * height * width
+        ratio = math.exp(random.uniform(math.log(low), math.log(high)))
+        w, h = math.sqrt(area * ratio), math.sqrt(area / ratio)
+        if w <= width and h <= height:
+            return random.uniform(0, width - w), random.uniform(0, height - h), w, h
+    w, h = width, height
+    if width / height < low:
+        h = width / low
+    if width / height > high:
+        w = height * high
+    return (width - w) / 2, (height - h) / 2, w, h
+
+
+@pytest.mark.parametrize("crop,height,width,fallback", [
+    ((0.9, 1.0), 64, 64, 0.13), ((0.9, 1.0), 224, 336, 1.0), ((0.9, 1.0), 336, 112, 1.0), ((0.8, 1.2), 64, 64, 0.13),
+    ((0.3, 0.9), 60, 90, 0.0)])
+def test_crops_that_do_not_fit(crop, height, width, fallback):
+    """Against a naive loop: places and sides are distributed alike, and the share of crops of which no try fits."""
+    count, random = 2500, np.random.default_rng(0)
+    torch.manual_seed(0)
+    half_w, half_h, x, y = augment.Augment(8, crop=crop).draw_crop(count, height, width, "cpu")
+    scale = np.array([width, height])
+    sides = torch.stack([half_w, half_h], 1).double().numpy() * scale       # (N, 2)
+    ours = np.concatenate([(torch.stack([x, y], 1).double().numpy() + 1) * scale / 2 - sides / 2, sides], 1)
+    naive = np.array([crop_by_hand(random, height, width, crop) for _ in range(count)])     # (N, 4): x, y, w, h
+    left = np.array([min(width, height * 4 / 3), min(height, width / 0.75)])                # where no try fits
+    fallen = [np.isclose(values[:, 2:], left, atol=1e-3).all(1) for values in (ours, naive)]
+    assert np.mean(fallen, 1) == pytest.approx([fallback] * 2, abs=0.02)
+    assert np.allclose(ours[fallen[0], :2], (scale - left) / 2, atol=1e-3)                  # the central piece
+    share = ours[~fallen[0], 2:].prod(1) / scale.prod()
+    assert ((crop[0] - 1e-5 <= share) & (share <= min(1, crop[1]) + 1e-5)).all() and ours[:, :2].min() > -1e-3
+    steps = np.linspace(0.02, 0.98, 25)
+    apart = np.abs(np.quantile(ours, steps, 0) - np.quantile(naive, steps, 0)) / np.tile(scale, 2)
+    assert apart.max() < 0.03
+
+
+def test_a_crop_now_and_then():
+    torch.manual_seed(0)
+    _, theta = augment.Augment(8, crop=(0.2, 0.6), crop_p=0.3)(torch.zeros(3000, 1, 8, 8), geometry=True)
+    whole = (theta == identity(3000)).all((1, 2))
+    assert abs(whole.float().mean() - 0.7) < 0.03 and theta[~whole][:, 0, 0].max() < 0.9
+
+
+def test_nothing_fades_at_the_border():
+    """An enlarged white image is white to its last pixel; what lies beyond the image is black."""
+    white = torch.ones(2, 2, 64, 64)
+    assert augment.Augment(96)(white).min() > 1 - 1e-6
+    torch.manual_seed(0)
+    for size in (32, 96):
+        recipe = augment.Augment(size, crop=(0.3, 1.0), flip=0.5, quarter_turn=0.5)
+        assert recipe(white.expand(2, 2, 64, 64)).min() > 1 - 1e-6
+    half = torch.tensor([[[1.0, 0, 1], [0, 1, 0]]]).expand(2, 2, 3)         # the right half lies outside
+    for size in (32, 96):
+        view = augment.resample(white, half, size)
+        assert view[..., :size // 2].min() > 1 - 1e-6 and view[..., size // 2:].max() == 0
+    far = torch.tensor([[[1.0, 0, 1 / 48], [0, 1, 0]]]).expand(2, 2, 3)     # one column of 96 outside; of 32, a third
+    assert torch.allclose(augment.resample(white, far, 96)[..., -1], torch.zeros(2, 2, 96))
+    assert torch.allclose(augment.resample(white, far, 48)[..., -1], torch.full((2, 2, 48), 0.5))
 
 
 def test_a_flip_and_a_quarter_turn_are_exact():
@@ -69,7 +172,7 @@ def test_a_flip_and_a_quarter_turn_are_exact():
     assert torch.allclose(augment.Augment(32, flip=1.0)(x), x.flip(3), atol=1e-5)
     assert torch.allclose(augment.Augment(32, flip_vertical=1.0)(x), x.flip(2), atol=1e-5)
     turned = augment.Augment(32, quarter_turn=1.0)(x)
-    for view, image in zip(turned, x):
+    for view, image in zip(turned, x, strict=True):
         assert min((view - image.rot90(k, (1, 2))).abs().max() for k in (1, 2, 3)) < 1e-4
 
 
@@ -106,16 +209,18 @@ def test_jitter_by_hand():
     x = torch.tensor([0.2, 0.4, 0.9]).view(1, 3, 1, 1).expand(1, 3, 4, 4)
     gray = 0.299 * 0.2 + 0.587 * 0.4 + 0.114 * 0.9
     assert torch.allclose(augment.blend(x, augment.luminance(x), torch.tensor(0.0))[0, :, 0, 0], torch.full((3,), gray))
-    assert torch.allclose(augment.blend(x, torch.tensor(0.5), torch.tensor(1.5))[0, :, 0, 0], torch.tensor([0.05, 0.35, 1.0]))
+    beyond = augment.blend(x, torch.tensor(0.5), torch.tensor(1.5))[0, :, 0, 0]
+    assert torch.allclose(beyond, torch.tensor([0.05, 0.35, 1.0]))
     one = torch.rand(1, 1, 4, 4)
     values = augment.Augment(4, brightness=0.5)(one.expand(2000, -1, -1, -1))[:, 0, 0, 0] / one[0, 0, 0, 0]
-    assert 0.5 <= values.min() and abs(values.min() - 0.5) < 0.01 and one[0, 0, 0, 0] * 1.5 >= values.max() * one[0, 0, 0, 0]
+    assert 0.5 <= values.min() and abs(values.min() - 0.5) < 0.01
+    assert one[0, 0, 0, 0] * 1.5 >= values.max() * one[0, 0, 0, 0]
     torch.manual_seed(0)
     pixels = torch.rand(50, 3, 1, 1)
     pixels[0] = 0.5                                                         # gray has no hue
     for turn in (0.0, 0.1, -0.3, 0.5):
         ours = augment.turn_hue(pixels, torch.full((50,), turn))
-        for before, after in zip(pixels.view(50, 3).tolist(), ours.view(50, 3).tolist()):
+        for before, after in zip(pixels.view(50, 3).tolist(), ours.view(50, 3).tolist(), strict=True):
             hue, saturation, value = colorsys.rgb_to_hsv(*before)
             assert np.allclose(colorsys.hsv_to_rgb((hue + turn) % 1, saturation, value), after, atol=1e-4)
 
@@ -124,26 +229,33 @@ def test_blur_is_a_gaussian():
     point = torch.zeros(2, 1, 41, 41)
     point[:, 0, 20, 20] = 1
     blurred = augment.gaussian_blur(point, torch.tensor([1.0, 3.0]))
-    for picture, sigma in zip(blurred[:, 0], (1.0, 3.0)):
+    for picture, sigma in zip(blurred[:, 0], (1.0, 3.0), strict=True):
         distance = torch.arange(41) - 20.0
         assert math.isclose(picture.sum().item(), 1, abs_tol=1e-4)
         assert math.isclose((picture.sum(0) * distance ** 2).sum().sqrt().item(), sigma, rel_tol=0.01)
         assert torch.allclose(picture, picture.T, atol=1e-6)
     constant = torch.full((1, 1, 16, 16), 0.7)
-    assert torch.allclose(augment.gaussian_blur(constant, torch.tensor([2.0])), constant, atol=1e-6)       # nothing fades at the border
+    faded = augment.gaussian_blur(constant, torch.tensor([2.0]))
+    assert torch.allclose(faded, constant, atol=1e-6)                       # nothing fades at the border
 
 
-def test_solarise_noise_cutout_gamma():
+def test_solarise_noise_gamma():
     x = torch.tensor([0.2, 0.5, 0.9]).view(1, 1, 1, 3).expand(1, 1, 3, 3)
     assert torch.allclose(augment.Augment(3, solarise=1.0)(x)[0, 0, 0], torch.tensor([0.2, 0.5, 0.1]), atol=1e-6)
     half = torch.full((400, 1, 32, 32), 0.5)
     torch.manual_seed(0)
     noisy = augment.Augment(32, noise=(0.05, 0.05), noise_p=1.0)(half)
     assert abs(noisy.std() - 0.05) < 1e-3
-    hidden = (augment.Augment(32, cutout=(0.1, 0.2), cutout_p=1.0)(half) == 0).float().mean((1, 2, 3))
-    assert 0.06 < hidden.min() and hidden.max() < 0.25 and 0.13 < hidden.mean() < 0.17
     bent = augment.Augment(3, gamma=(2.0, 2.0))(x)
     assert torch.allclose(bent, x ** 2)
+
+
+def test_fundus_crops_may_not_be_larger_than_the_image():
+    """The area drawn is 0.8 to 1.2 of the image's; what does not fit is drawn again, so that nothing is zoomed out."""
+    torch.manual_seed(0)
+    theta = augment.build("fundus", 8, shift=0.0)(torch.zeros(2000, 1, 8, 8), geometry=True)[1]
+    area = torch.linalg.det(theta[:, :, :2]).abs()
+    assert 0.8 - 1e-4 <= area.min() and area.max() <= 1 + 1e-4 and area.std() > 0.05
 
 
 def test_probabilities():
@@ -157,10 +269,10 @@ def test_zoom_shift_and_rotation_have_their_ranges():
     torch.manual_seed(0)
     nothing = torch.zeros(2000, 1, 8, 8)
     zoomed = augment.Augment(8, zoom=(2.0, 2.0))(nothing, geometry=True)[1]
-    assert torch.allclose(zoomed, torch.tensor([[0.5, 0, 0], [0, 0.5, 0]]).expand(2000, 2, 3))              # twice as large is half of it
+    assert torch.allclose(zoomed, torch.tensor([[0.5, 0, 0], [0, 0.5, 0]]).expand(2000, 2, 3))      # half of the image
     zoomed = augment.Augment(8, zoom=(2.0, 2.0), zoom_p=0.4)(nothing, geometry=True)[1]
     assert abs((zoomed[:, 0, 0] == 0.5).float().mean() - 0.4) < 0.06
-    moved = augment.Augment(8, shift=0.2)(nothing, geometry=True)[1][:, :, 2]                               # of a side of length 2
+    moved = augment.Augment(8, shift=0.2)(nothing, geometry=True)[1][:, :, 2]                       # sides of length 2
     assert -0.4 <= moved.min() < -0.39 and 0.39 < moved.max() <= 0.4
     turned = augment.Augment(8, rotation=30, rotation_p=0.4)(nothing, geometry=True)[1]
     angle = torch.atan2(turned[:, 1, 0], turned[:, 0, 0]).rad2deg()
@@ -172,8 +284,9 @@ def test_crops_of_oblong_images_keep_the_ratio_in_pixels():
     assert torch.allclose(theta[:, 0, 0] * 32, theta[:, 1, 1] * 16)
 
 
-@pytest.mark.parametrize("words", [{"brightness": 0.5, "jitter": 0.3}, {"grayscale": 0.3}, {"blur": (9.0, 9.0), "blur_p": 0.3}, {"solarise": 0.3},
-                                   {"noise": (0.1, 0.1), "noise_p": 0.3}, {"cutout": (0.2, 0.3), "cutout_p": 0.3}], ids=lambda words: [*words][0])
+@pytest.mark.parametrize("words", [
+    {"brightness": 0.5, "jitter": 0.3}, {"grayscale": 0.3}, {"blur": (9.0, 9.0), "blur_p": 0.3}, {"solarise": 0.3},
+    {"noise": (0.1, 0.1), "noise_p": 0.3}], ids=lambda words: [*words][0])
 def test_intensities_change_their_share_of_the_images(words):
     torch.manual_seed(0)
     x = batch(1, 3, 16).expand(1000, -1, -1, -1)
@@ -183,19 +296,23 @@ def test_intensities_change_their_share_of_the_images(words):
 
 def test_contrast_saturation_gray_and_blur_by_hand():
     x = 0.4 + 0.2 * batch(40, 3, 16)
-    assert torch.allclose(augment.Augment(16, contrast=0.5)(x[:, :1]).mean((2, 3)), x[:, :1].mean((2, 3)), atol=1e-5)     # around its own mean
+    contrasted = augment.Augment(16, contrast=0.5)(x[:, :1])
+    assert torch.allclose(contrasted.mean((2, 3)), x[:, :1].mean((2, 3)), atol=1e-5)       # around its own mean
     assert torch.allclose(augment.luminance(augment.Augment(16, saturation=0.5)(x)), augment.luminance(x), atol=1e-5)
     assert torch.allclose(augment.Augment(16, grayscale=1.0)(x), augment.luminance(x).expand_as(x))
     large = batch(2, 1, 112)
-    assert torch.allclose(augment.Augment(112, blur=(2.0, 2.0), blur_p=1.0)(large), augment.gaussian_blur(large, torch.ones(2)))
+    blurred = augment.Augment(112, blur=(2.0, 2.0), blur_p=1.0)(large)
+    assert torch.allclose(blurred, augment.gaussian_blur(large, torch.ones(2)))
 
 
 def test_gamma_noise_and_hue_are_drawn_for_each_image_in_their_ranges():
     torch.manual_seed(0)
     bent = augment.Augment(8, gamma=(0.5, 2.0))(torch.full((1000, 1, 8, 8), 0.5))[:, 0, 0, 0].log2().neg()
-    assert len(bent.unique()) > 900 and 0.5 <= bent.min() + 1e-5 < 0.52 and 1.95 < bent.max() <= 2 + 1e-5 and abs(bent.log().mean()) < 0.05
+    assert len(bent.unique()) > 900 and abs(bent.log().mean()) < 0.05
+    assert 0.5 <= bent.min() + 1e-5 < 0.52 and 1.95 < bent.max() <= 2 + 1e-5
     noisy = augment.Augment(8, noise=(0.05, 0.05), noise_p=1.0)(torch.full((9, 1, 8, 8), 0.5))
     assert not torch.equal(noisy[0], noisy[1])
     red = torch.tensor([0.9, 0.1, 0.1]).view(1, 3, 1, 1).expand(1000, 3, 8, 8)
-    hues = [(colorsys.rgb_to_hsv(*pixel)[0] + 0.5) % 1 - 0.5 for pixel in augment.Augment(8, hue=0.1)(red)[:, :, 0, 0].tolist()]
+    turned = augment.Augment(8, hue=0.1)(red)[:, :, 0, 0].tolist()
+    hues = [(colorsys.rgb_to_hsv(*pixel)[0] + 0.5) % 1 - 0.5 for pixel in turned]
     assert -0.101 < min(hues) < -0.095 and 0.095 < max(hues) < 0.101

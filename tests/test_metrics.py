@@ -82,6 +82,28 @@ def test_masks(case):
     assert metrics.overlap(prediction, unknown, 3)[2].sum() == (unknown != 255).sum()
 
 
+def test_dice_and_iou_of_counts():
+    """Counts of any shape, here (3 slices, 4 classes) and their sums, against sets of pixels."""
+    target, prediction = random(3).integers(0, 3, (3, 6, 5)), random(4).integers(0, 3, (3, 6, 5))
+    target[0][target[0] == 1] = prediction[0][prediction[0] == 1] = 0       # class 1 is in neither mask of slice 0
+    target[1][target[1] == 2] = 0                                           # class 2 is in one mask only; 3 is nowhere
+
+    def naive(slices, c):
+        mine, true = ({(i, y, x) for i in slices for y in range(6) for x in range(5) if masks[i, y, x] == c}
+                      for masks in (prediction, target))
+        both, either = len(mine & true), len(mine | true)
+        return (2 * both / (len(mine) + len(true)), both / either) if either else (np.nan, np.nan)
+
+    counts = np.array([metrics.overlap(p, t, 4) for p, t in zip(prediction, target, strict=True)])          # (3, 3, 4)
+    each = np.array([[naive([i], c) for c in range(4)] for i in range(3)])                                  # (3, 4, 2)
+    whole = np.array([naive(range(3), c) for c in range(4)])                                                # (4, 2)
+    assert np.isnan(each[0, 1]).all() and (each[1, 2] == 0).all() and np.isnan(each[:, 3]).all()
+    for i, (of, function) in enumerate(((metrics.dice_of, metrics.dice), (metrics.iou_of, metrics.iou))):
+        np.testing.assert_allclose(of(*counts.swapaxes(0, 1)), each[..., i], rtol=1e-12)
+        np.testing.assert_allclose(of(*counts.sum(0)), whole[:, i], rtol=1e-12)
+        np.testing.assert_allclose(function(prediction, target, 4), whole[:, i], rtol=1e-12)
+
+
 def test_features():
     features = torch.tensor(GOLD["features"])
     close(metrics.rank_me(features), "rank_me")
@@ -105,10 +127,6 @@ def test_collapse_is_seen():
     assert metrics.rank_me(healthy) > 55 and metrics.rank_me(line) == pytest.approx(1, abs=0.01)
     assert metrics.participation_ratio(line) == pytest.approx(1) and metrics.spectrum(line)[1] < 1e-12
     assert metrics.mean_correlation(line) == pytest.approx(1) and metrics.mean_correlation(healthy) < 0.1
-    assert metrics.alignment(healthy, 3 * healthy) < 1e-12 and metrics.alignment(healthy, -healthy) == pytest.approx(4)
-    assert metrics.uniformity(np.ones((9, 4))) == pytest.approx(0) and metrics.uniformity(healthy) < -3.5
-    pairs = [np.exp(-2 * ((a - b) ** 2).sum()) for i, a in enumerate(np.eye(3)) for b in np.eye(3)[:i]]
-    assert metrics.uniformity(5 * np.eye(3)) == pytest.approx(np.log(np.mean(pairs)))
     assert np.isnan(metrics.alpha_req(line)) and np.isnan(metrics.mean_correlation(np.ones((5, 3))))
     broken = np.full((8, 4), np.nan)
     for function in (metrics.rank_me, metrics.alpha_req, metrics.participation_ratio, metrics.spread,
@@ -122,7 +140,7 @@ def test_bootstrap_covers():
     for trial in range(60):
         values = np.repeat(random(trial).standard_normal(40), 5)
         for name, groups in (("patients", patients), ("images", np.arange(200))):
-            low, high = metrics.bootstrap(lambda rows: values[rows].mean(), groups, repeats=80, seed=trial)
+            low, high = metrics.bootstrap(lambda rows, values=values: values[rows].mean(), groups, 80, trial)
             hits[name] += bool(low < 0 < high)
     assert 50 <= hits["patients"] <= 59 and hits["images"] < 42
 
@@ -135,6 +153,33 @@ def test_bootstrap_groups():
     assert all(rows.count(0) == rows.count(2) and rows.count(1) == rows.count(3) for rows in seen)
     assert metrics.bootstrap(lambda rows: values[rows].mean(), groups, 50) == (low[0], high[0])                # seeded
     assert np.isnan(metrics.bootstrap(lambda rows: 1.0, np.zeros(5), 10)).all()
+
+
+def test_draws_and_their_ends():
+    """Against a loop over patients and rows; the interval is that of the bootstrap to the last digit."""
+    groups, values = random(0).integers(0, 7, 30), random(1).standard_normal(30)
+
+    def function(rows):
+        return [values[rows].mean(), np.nan if 0 in rows else values[rows].max()]
+
+    found, generator = metrics.draws(function, groups, 60, seed=5), random(5)
+    assert found.shape == (60, 2)
+    for draw in found:
+        rows = [row for patient in generator.integers(7, size=7) for row in range(30) if groups[row] == patient]
+        np.testing.assert_array_equal(draw, function(np.array(rows)))
+    low, high = metrics.ends(found)
+    for column in range(2):
+        kept = sorted(found[~np.isnan(found[:, column]), column])
+        assert 0 < len(kept) <= 60
+        for end, share in ((low, 0.025), (high, 0.975)):
+            place = share * (len(kept) - 1)                                 # between two draws: in proportion
+            left, right = kept[int(place)], kept[min(int(place) + 1, len(kept) - 1)]
+            assert end[column] == pytest.approx(left + (place - int(place)) * (right - left), rel=1e-12)
+    assert np.array_equal((low, high), metrics.bootstrap(function, groups, 60, seed=5))
+    assert metrics.draws(lambda rows: 1.0, np.zeros(5), 10).shape == (10,) and metrics.ends(np.ones(9)) == (1.0, 1.0)
+    assert np.isnan(metrics.draws(lambda rows: 1, np.zeros(5), 10)).all()
+    share = (metrics.draws(lambda rows: values[rows].mean(), groups, 400) <= 0).mean()     # that a gain is not positive
+    assert 0.05 < share < 0.95
 
 
 def test_mean_interval():

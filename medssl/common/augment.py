@@ -1,12 +1,14 @@
-"""Views of images: random crops, turns, intensities; for a whole batch at once, on the device, different for every image.
+"""Views of images: random crops, turns, intensities; for a whole batch at once, on the device, drawn for every image.
 
-An Augment is called with images (B, C, H, W) in [0, 1] and gives views (B, C, size, size) in [0, 1]. Any number of channels; colour
-(saturation, hue, grayscale) acts on 3-channel images only. With geometry=True it also returns theta (B, 2, 3): the affine map from view
-coordinates to image coordinates, both running from -1 to 1 over the picture (torch's affine_grid with align_corners=False).
+An Augment is called with images (B, C, H, W) in [0, 1] and gives views (B, C, size, size) in [0, 1]. Any number of
+channels; colour (saturation, hue, grayscale) acts on 3-channel images only. With geometry=True it also returns theta
+(B, 2, 3): the affine map from view coordinates to image coordinates, both running from -1 to 1 over the picture
+(torch's affine_grid with align_corners=False).
 
-The definitions are torchvision's (RandomResizedCrop, ColorJitter, ...), with these differences: crops have fractional borders; crop, flip and
-rotation are one resampling instead of three; jitter runs in the fixed order brightness, contrast, saturation, hue; a blur's width is given for
-a view of 224 pixels and shrinks with the view; the blur's weights are renormalised at the border instead of reflecting the image.
+The definitions are torchvision's (RandomResizedCrop, ColorJitter, ...), with these differences: crops have fractional
+borders; crop, flip and rotation are one resampling instead of three, bilinear; jitter runs in the fixed order
+brightness, contrast, saturation, hue; a blur's width is given for a view of 224 pixels and shrinks with the view; the
+blur's weights are renormalised at the border instead of reflecting the image.
 """
 
 import math
@@ -19,7 +21,8 @@ import torch.nn.functional as F
 @dataclass(frozen=True)
 class Augment:
     size: int                                  # side of the view in pixels
-    crop: tuple = None                         # share of the area kept, (low, high); None keeps the whole image
+    crop: tuple = None                         # share of the area kept (low, high), with crop_p
+    crop_p: float = 1.0
     ratio: tuple = (3 / 4, 4 / 3)              # width : height of the crop
     zoom: tuple = None                         # magnification (low, high), with zoom_p
     zoom_p: float = 1.0
@@ -41,14 +44,12 @@ class Augment:
     solarise: float = 0.0                      # probability of inverting what is brighter than a half
     noise: tuple = None                        # standard deviation (low, high), log-uniform, with noise_p
     noise_p: float = 0.5
-    cutout: tuple = None                       # share of the area set to zero (low, high), with cutout_p
-    cutout_p: float = 0.5
 
     @torch.no_grad()
     def __call__(self, images, geometry=False):
         theta = self.draw_theta(images)                                                          # (B, 2, 3)
-        still = not (self.crop or self.zoom or self.shift or self.rotation or self.quarter_turn or self.flip or self.flip_vertical)
-        if not (still and images.shape[2:] == (self.size, self.size)):
+        moves = (self.crop, self.zoom, self.shift, self.rotation, self.quarter_turn, self.flip, self.flip_vertical)
+        if any(moves) or images.shape[2:] != (self.size, self.size):
             images = resample(images, theta, self.size)                                          # (B, C, size, size)
         images = self.intensities(images)
         return (images, theta) if geometry else images
@@ -56,12 +57,12 @@ class Augment:
     def draw_theta(self, images):
         """view -> flip -> zoom and crop -> rotation about the image's centre -> image, as one affine map."""
         (count, _, height, width), device = images.shape, images.device
-        box_w, box_h, x, y = self.draw_crop(count, height, width, device)                        # (B,) each, in units of [-1, 1]
+        box_w, box_h, x, y = self.draw_crop(count, height, width, device)                        # (B,) each, of [-1, 1]
         if self.zoom:
             factor = torch.where(chance(count, self.zoom_p, device), uniform(count, *self.zoom, device), 1.0)
             box_w, box_h = box_w / factor, box_h / factor
         if self.shift:
-            x, y = x + uniform(count, -2 * self.shift, 2 * self.shift, device), y + uniform(count, -2 * self.shift, 2 * self.shift, device)
+            x, y = (place + uniform(count, -2 * self.shift, 2 * self.shift, device) for place in (x, y))
         box_w = torch.where(chance(count, self.flip, device), -box_w, box_w)
         box_h = torch.where(chance(count, self.flip_vertical, device), -box_h, box_h)
         angle = torch.zeros(count, device=device)
@@ -69,24 +70,34 @@ class Augment:
             turn = uniform(count, -self.rotation, self.rotation, device)
             angle = torch.where(chance(count, self.rotation_p, device), turn, 0.0)
         if self.quarter_turn:
-            angle = angle + 90 * torch.where(chance(count, self.quarter_turn, device), torch.randint(1, 4, (count,), device=device), 0)
+            quarters = torch.randint(1, 4, (count,), device=device)
+            angle = angle + 90 * torch.where(chance(count, self.quarter_turn, device), quarters, 0)
         cos, sin = torch.cos(angle * math.pi / 180), torch.sin(angle * math.pi / 180)
         aspect = height / width                            # a turn is rigid in pixels, not in units of width and height
-        rows = [torch.stack([cos * box_w, -sin * box_h * aspect, cos * x - sin * y * aspect], 1),     # (B, 3)
+        rows = [torch.stack([cos * box_w, -sin * box_h * aspect, cos * x - sin * y * aspect], 1),         # (B, 3)
                 torch.stack([sin * box_w / aspect, cos * box_h, sin * x / aspect + cos * y], 1)]
         return torch.stack(rows, 1)                                                              # (B, 2, 3)
 
     def draw_crop(self, count, height, width, device):
-        """Half-sides and centre of the crop: ten tries as in RandomResizedCrop, the first that fits, else the whole image."""
+        """Half-sides and centre of the crop: ten tries as in RandomResizedCrop, the first that fits; where none does,
+        the largest central piece with an allowed ratio."""
         one, zero = torch.ones(count, device=device), torch.zeros(count, device=device)
         if not self.crop:
             return one, one, zero, zero
+        low, high = self.ratio
         area = uniform((count, 10), *self.crop, device) * height * width                         # (B, 10)
-        ratio = torch.exp(uniform((count, 10), math.log(self.ratio[0]), math.log(self.ratio[1]), device))
+        ratio = torch.exp(uniform((count, 10), math.log(low), math.log(high), device))
         box_w, box_h = (area * ratio).sqrt() / width, (area / ratio).sqrt() / height             # (B, 10)
-        first = ((box_w <= 1) & (box_h <= 1)).int().argmax(1, keepdim=True)                      # (B, 1); 0 where none fits
-        box_w, box_h = (side.gather(1, first).squeeze(1).clamp(max=1) for side in (box_w, box_h))     # (B,)
-        x, y = (uniform(count, -1, 1, device) * (1 - side) for side in (box_w, box_h))
+        fits = (box_w <= 1) & (box_h <= 1)
+        found, first = fits.any(1), fits.int().argmax(1, keepdim=True)                           # (B,), (B, 1)
+        central = min(1, height * high / width), min(1, width / low / height)
+        box_w, box_h = (torch.where(found, side.gather(1, first).squeeze(1), whole)              # (B,)
+                        for side, whole in zip((box_w, box_h), central, strict=True))
+        x, y = (uniform(count, -1, 1, device) * (1 - side) * found for side in (box_w, box_h))
+        if self.crop_p < 1:
+            cropped = chance(count, self.crop_p, device)
+            box_w, box_h = torch.where(cropped, box_w, one), torch.where(cropped, box_h, one)
+            x, y = x * cropped, y * cropped
         return box_w, box_h, x, y
 
     def intensities(self, x):
@@ -119,10 +130,8 @@ class Augment:
         if self.solarise:
             x = sometimes(self.solarise, torch.where(x >= 0.5, 1 - x, x), x)
         if self.noise:
-            deviation = torch.exp(uniform(count, math.log(self.noise[0]), math.log(self.noise[1]), device)).view(-1, 1, 1, 1)
-            x = sometimes(self.noise_p, (x + deviation * torch.randn_like(x)).clamp(0, 1), x)
-        if self.cutout:
-            x = sometimes(self.cutout_p, x * ~draw_boxes(x, *self.cutout), x)
+            deviation = torch.exp(uniform(count, math.log(self.noise[0]), math.log(self.noise[1]), device))
+            x = sometimes(self.noise_p, (x + deviation.view(-1, 1, 1, 1) * torch.randn_like(x)).clamp(0, 1), x)
         return x
 
 
@@ -135,10 +144,13 @@ def chance(count, probability, device):
 
 
 def resample(images, theta, size):
-    """Bilinear, zero outside. Where the picture shrinks, k x k finer samples are averaged, so that nothing is aliased."""
+    """Bilinear; zero beyond the image, whose border pixels reach to its edge. Where the picture shrinks, k x k finer
+    samples are averaged, so that nothing is aliased."""
     k = max(1, math.ceil(max(images.shape[2:]) / size - 1e-6))
-    grid = F.affine_grid(theta, (len(images), 1, size * k, size * k), align_corners=False)       # (B, k size, k size, 2)
-    views = F.grid_sample(images, grid, padding_mode="zeros", align_corners=False)               # (B, C, k size, k size)
+    grid = F.affine_grid(theta, (len(images), 1, size * k, size * k), align_corners=False)       # (B, kS, kS, 2)
+    views = F.grid_sample(images, grid, padding_mode="border", align_corners=False)              # (B, C, kS, kS)
+    x, y = grid.abs().unbind(3)                                                                  # (B, kS, kS)
+    views = views * ((x <= 1) & (y <= 1)).unsqueeze(1)
     return F.avg_pool2d(views, k) if k > 1 else views                                            # (B, C, size, size)
 
 
@@ -177,56 +189,69 @@ def turn_hue(x, turn):
 
 
 def gaussian_blur(x, sigma):
-    """Row i of the matrix holds the weights with which pixels are averaged into pixel i: one product a side, no kernel size to choose."""
+    """Row i of the matrix holds the weights with which pixels are averaged into pixel i: one product a side, no kernel
+    size to choose."""
     def weights(length):
-        distance = torch.arange(length, device=x.device).view(-1, 1) - torch.arange(length, device=x.device)    # (L, L)
-        return torch.softmax(-distance ** 2 / (2 * sigma.clamp(min=1e-3) ** 2).view(-1, 1, 1, 1), -1)           # (B, 1, L, L)
+        place = torch.arange(length, device=x.device)
+        distance = place.view(-1, 1) - place                                                     # (L, L)
+        return torch.softmax(-distance ** 2 / (2 * sigma.clamp(min=1e-3) ** 2).view(-1, 1, 1, 1), -1)    # (B, 1, L, L)
     return weights(x.shape[2]) @ x @ weights(x.shape[3]).transpose(2, 3)
 
 
-def draw_boxes(x, low, high):
-    """One box an image, of `low` to `high` of its area, somewhere inside: (B, 1, H, W) bool."""
-    count, device = len(x), x.device
-    area, ratio = uniform(count, low, high, device), torch.exp(uniform(count, math.log(0.5), math.log(2), device))
-    inside = True
-    for side, length, shape in (((area * ratio).sqrt(), x.shape[3], (1, 1, 1, -1)), ((area / ratio).sqrt(), x.shape[2], (1, 1, -1, 1))):
-        side = side.clamp(max=1).view(-1, 1, 1, 1)
-        start = torch.rand(count, 1, 1, 1, device=device) * (1 - side)
-        position = ((torch.arange(length, device=device) + 0.5) / length).view(shape)
-        inside = inside & (position >= start) & (position < start + side)
-    return inside
-
-
 # What the works use, by the image they used it on. Where a work gives no value for a field, the field is left at rest.
+#
+# One for your own kind of image is one more entry here: a name, and the fields of Augment that are not at rest;
+# `--views NAME` then takes it. Ask of each field whether a reader of such images would still give the same answer: no
+# vertical flip where up matters, no zoom where size is a sign, no change of contrast where it tells the tissue. Then
+# look at the run's views.png. What Augment cannot do, any callable can: see README.
 RECIPES = {
     "plain": {},
-    "flips": {"flip": 0.5, "flip_vertical": 0.5},                           # autoencoder and Genesis, Zhang et al.
-    "mild": {"crop": (0.67, 1.0), "flip": 0.5},                             # SparK
-    "contrastive": {                                                        # MoCo v2
+    # autoencoder and Genesis, Zhang et al.; there one flip with probability 0.4 in 2D, here all four ways alike
+    "flips": {"flip": 0.5, "flip_vertical": 0.5},
+    # SparK; bicubic there
+    "mild": {"crop": (0.67, 1.0), "flip": 0.5},
+    # MoCo v2
+    "contrastive": {
         "crop": (0.2, 1.0), "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1, "jitter": 0.8,
         "grayscale": 0.2, "blur": (0.1, 2.0), "flip": 0.5},
-    "lowresource": {                                                        # Chattopadhyay et al., with a crop of 0.2 to 1:
-        "crop": (0.2, 1.0), "flip": 0.5, "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1,    # their released
-        "grayscale": 0.2, "blur": (0.1, 2.0), "solarise": 0.1},             # 0.08 to 0.10 shows a tenth of the image
-    "ct": {                                                                 # contrastive tasks on CT, Zhang et al.
+    # Chattopadhyay et al., with a crop of 0.2 to 1: their released 0.08 to 0.10 shows a tenth of the image
+    "lowresource": {
+        "crop": (0.2, 1.0), "flip": 0.5, "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1,
+        "grayscale": 0.2, "blur": (0.1, 2.0), "solarise": 0.1},
+    # contrastive tasks on CT, Zhang et al. There two crops of a pair must overlap by an IoU above 0.25; here the views
+    # of an image know nothing of each other, and one pair in twenty overlaps by less.
+    "ct": {
         "crop": (0.25, 1.0), "zoom": (0.8, 1.2), "rotation": 10, "flip": 0.5, "flip_vertical": 0.5, "blur": (0.1, 2.0)},
-    "fundus": {                                                             # contrastive tasks on fundus photographs, the same
-        "zoom": (0.8, 1.2), "shift": 0.2, "rotation": 180, "flip": 0.5, "flip_vertical": 0.5,
+    # contrastive tasks on fundus photographs, the same; a crop that is larger than the image is drawn again
+    "fundus": {
+        "crop": (0.8, 1.2), "shift": 0.2, "rotation": 180, "flip": 0.5, "flip_vertical": 0.5,
         "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1, "grayscale": 0.2},
-    "mri": {                                                                # BYOL on cardiac MRI, Kalapos and Gyires-Toth
+    # rotation task on fundus photographs, the same. Both are drawn twice there; how strong the jitter is was not found,
+    # it is that of "fundus".
+    "fundus_mild": {
+        "crop": (0.85, 1.15), "crop_p": 0.5,
+        "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1, "jitter": 0.5},
+    # BYOL on cardiac MRI, Kalapos and Gyires-Toth
+    "mri": {
         "crop": (0.08, 1.0), "flip": 0.5, "brightness": 0.2, "contrast": 0.2, "jitter": 0.2},
-    "slices": {                                                             # MoCo and BYOL on CT slices, Wolf et al.
+    # MoCo and BYOL on CT slices, Wolf et al.
+    "slices": {
         "rotation": 180, "rotation_p": 0.5, "crop": (0.2, 1.0), "brightness": 0.4, "contrast": 0.4, "saturation": 0.4,
         "hue": 0.1, "blur": (0.1, 2.0), "flip": 0.5, "flip_vertical": 0.5, "noise": (0.0032, 0.01)},
-    "multicrop": {                                                          # SwAV on CT slices, Wolf et al.: the two large crops
+    # SwAV on CT slices, Wolf et al.: the two large crops
+    "multicrop": {
         "crop": (0.9, 1.0), "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.2, "jitter": 0.8,
         "grayscale": 0.2, "blur": (0.1, 2.0)},
-    "multicrop_small": {                                                    # and the six small ones
+    # and the six small ones
+    "multicrop_small": {
         "crop": (0.1, 0.33), "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.2, "jitter": 0.8,
         "grayscale": 0.2, "blur": (0.1, 2.0)},
-    "xray": {                                                               # ours: upright, no vertical flip, exposure varies
-        "crop": (0.3, 1.0), "rotation": 10, "flip": 0.5, "brightness": 0.3, "contrast": 0.3, "gamma": (0.7, 1.4), "blur": (0.1, 1.5)},
-    "histology": {                                                          # ours: no orientation, stain varies, size is a cue
+    # ours: upright, no vertical flip, exposure varies
+    "xray": {
+        "crop": (0.3, 1.0), "rotation": 10, "flip": 0.5, "brightness": 0.3, "contrast": 0.3, "gamma": (0.7, 1.4),
+        "blur": (0.1, 1.5)},
+    # ours: no orientation, stain varies, size is a cue
+    "histology": {
         "crop": (0.5, 1.0), "ratio": (0.9, 1.1), "rotation": 180, "flip": 0.5, "brightness": 0.3, "contrast": 0.3,
         "saturation": 0.3, "hue": 0.08, "jitter": 0.8, "grayscale": 0.1, "blur": (0.1, 1.5)},
     # six strengths of augmentation under fine-tuning, Zhang et al.; S0 is none

@@ -1,15 +1,22 @@
 """ResNet-18/34/50 with torchvision's parameter names, and a small one for CPUs.
 
-He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, in torchvision's form (stride on the 3x3 convolution).
-Three things are ours: any number of input channels, `features(x)` -> the four stage maps, and standardisation inside:
-images enter in [0,1], the network subtracts `mean` and divides by `std` itself, so no other place has to know them.
+He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, in torchvision's form (stride on the 3x3
+convolution). Three things are ours: any number of input channels, `features(x)` -> the four stage maps, and
+standardisation inside: images enter in [0,1], the network subtracts `mean` and divides by `std` itself, so no other
+place has to know them.
+
+A file of weights tells less than one thinks: the stem "nopool" has the keys and shapes of "default", and what other
+libraries save holds wrappers' prefixes, slow copies and heads. `save` writes the kind of network beside the weights,
+`load` finds the network in what others saved and says what it took, `opened_by` says how to open ours elsewhere.
 """
 
+import json
+import re
+from collections import Counter
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from . import files
 from .errors import UserError
@@ -62,7 +69,7 @@ def shortcut(fan_in, fan_out, stride):
     return nn.Sequential(conv(fan_in, fan_out, 1, stride), nn.BatchNorm2d(fan_out))
 
 
-STEMS = {"default": (7, 2, 4), "nopool": (7, 2, 2), "small": (3, 1, 1)}    # kernel and stride of conv1, stride of the first map
+STEMS = {"default": (7, 2, 4), "nopool": (7, 2, 2), "small": (3, 1, 1)}    # conv1: kernel, stride; first map: stride
 
 
 class ResNet(nn.Module):
@@ -71,12 +78,13 @@ class ResNet(nn.Module):
 
     def __init__(self, block, depths, width=64, channels=1, stem="default", mean=None, std=None):
         super().__init__()
+        self.name, self.stem = None, stem                                   # `build` knows the name
         self.mean = tuple(mean or [0.0] * channels)
         self.std = tuple(std or [1.0] * channels)
         if not len(self.mean) == len(self.std) == channels:
             raise ValueError(f"mean and std need {channels} values each, one a channel")
-        self.register_buffer("shift", torch.tensor(self.mean).view(1, -1, 1, 1), persistent=False)   # (1, C, 1, 1)
-        self.register_buffer("scale", torch.tensor(self.std).view(1, -1, 1, 1), persistent=False)
+        for name, values in (("shift", self.mean), ("scale", self.std)):
+            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)    # (1, C, 1, 1)
         kernel, stride, first = STEMS[stem]
         self.conv1, self.bn1 = conv(channels, width, kernel, stride), nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
@@ -112,6 +120,7 @@ class ResNet(nn.Module):
 ENCODERS = {
     "tiny": (BasicBlock, (2, 2, 2, 2), 16),                                 # ResNet-18 at a quarter of the width
     "resnet18": (BasicBlock, (2, 2, 2, 2), 64),
+    "resnet18-3stages": (BasicBlock, (2, 2, 2), 64),                        # without the last, widest stage
     "resnet34": (BasicBlock, (3, 4, 6, 3), 64),
     "resnet50": (Bottleneck, (3, 4, 6, 3), 64),
 }
@@ -119,68 +128,192 @@ ENCODERS = {
 
 def build(name, channels=1, stem="default", mean=None, std=None):
     block, depths, width = ENCODERS[name]
-    return ResNet(block, depths, width, channels, stem, mean, std)
+    encoder = ResNet(block, depths, width, channels, stem, mean, std)
+    encoder.name = name
+    return encoder
 
+
+# ---- files of weights
 
 def save(encoder, path):
-    """The bare network under its own key names, and beside it (.json) the mean and standard deviation that it expects."""
+    """The bare network under its own key names, and beside it (.json) what `about` reads: which network it is, and the
+    mean and deviation that it expects. A caller that knows the size of the images sets encoder.size."""
     path = Path(path)
     files.save_torch(path, {key: value.cpu().contiguous() for key, value in encoder.state_dict().items()})
-    about = {"mean": list(getattr(encoder, "mean", [])), "std": list(getattr(encoder, "std", []))}
-    files.write_json(path.with_suffix(".json"), about)
+    known = {key: getattr(encoder, key, None) for key in ("name", "stem", "size", "mean", "std")}
+    known["channels"] = len(known["mean"]) if known["mean"] else None
+    files.write_json(path.with_suffix(".json"), {key: value for key, value in known.items() if value is not None})
 
 
-PREFIXES = ("module.", "_orig_mod.", "encoder.", "backbone.")               # left behind by wrappers
+def about(path):
+    """What is written beside a file of weights, or in the config.json of an older run: name, stem, channels, size,
+    mean, std, as far as they are known."""
+    path, known = Path(path), {}
+    of_a_run = re.fullmatch(r"(encoder(-\d+)?|checkpoint)\.pt", path.name)
+    for file in [path.parent / "config.json"] * bool(of_a_run) + [path.with_suffix(".json")]:
+        if file.is_file():
+            try:
+                content = json.loads(file.read_text())
+                known |= content.get("encoder", {}) if file.name == "config.json" else content
+            except (OSError, ValueError, TypeError, AttributeError):
+                raise UserError(f"{file}: damaged; put it right or remove it") from None
+    return known
 
 
-def plain_keys(state):
-    """A state dict with wrappers' prefixes and the classifier taken off; torch.compile and DDP leave such prefixes."""
-    plain = {}
-    for key, value in state.items():
-        while key.startswith(PREFIXES):
-            key = key.split(".", 1)[1]
-        if not key.startswith("fc."):
-            plain[key] = value
-    return plain
-
-
-def load(source, encoder):
-    """Load an encoder.pt, a run folder, or a torchvision or timm state dict; strict. Returns (matched, in the encoder)."""
-    state, own = fitting(source, encoder), encoder.state_dict()
+def load(source, encoder, note=lambda line: None):
+    """Load an encoder.pt, a run's folder or checkpoint.pt, or a state dict that another library saved; strict. Returns
+    (matched, in the encoder). `note` is called with each line that the user should read: what was left out, a doubt
+    about the stem."""
+    known, stem = {}, getattr(encoder, "stem", None)
+    if not isinstance(source, dict):
+        source = weights_file(source)
+        known = about(source)
+        if stem and known.get("stem", stem) != stem:
+            made = known["stem"]
+            raise UserError(f"{source}: was made with stem {made}, this encoder has stem {stem}: choose --stem {made}")
+        if "stem" not in known and stem in ("default", "nopool"):
+            note(f"{source} does not say its stem, and default and nopool have the same keys: {stem} is assumed")
+    state, prefix, left_out = choose(source, encoder, known)
+    if prefix or left_out:
+        besides = ", ".join(f"{name} ({count})" for name, count in left_out.items()) or "nothing"
+        note(f"taken: the tensors under {prefix or 'no prefix'}; left out: {besides}")
+    own = encoder.state_dict()
     encoder.load_state_dict(state, strict=False)                            # all keys were compared
     return len(own.keys() & state.keys()), len(own)
 
 
+def weights_file(path):
+    path = Path(path)
+    return path / "encoder.pt" if path.is_dir() else path
+
+
 def fitting(source, encoder):
-    """What `load` takes, as a state dict with this encoder's keys and shapes; or a ValueError that says what does not fit."""
+    """What `load` takes, as a state dict with this encoder's keys and shapes; or a UserError: what does not fit."""
+    return choose(source, encoder, {})[0]
+
+
+# Where a file holds the network twice, the one that was trained by gradients is taken and not the copy that follows it;
+# of student and teacher the teacher.
+NOT_TAKEN = re.compile(r"(^|[._])(k|key|momentum|target|ema|student)[._]")
+
+
+def choose(source, encoder, known):
+    """(state dict, prefix of its keys in the source, {what the source has besides: number of tensors})"""
     name = "the state dict" if isinstance(source, dict) else str(source)
-    if not isinstance(source, dict):
-        path = Path(source)
-        source = files.load_torch(path / "encoder.pt" if path.is_dir() else path)
-    for inner in ("encoder", "state_dict", "model"):
-        if isinstance(source.get(inner), dict):
-            source = source[inner]
-    state, own = plain_keys(source), encoder.state_dict()
-    if not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise UserError(f"{name}: not a state dict of tensors")
-    if "conv1.weight" in state and "conv1.weight" in own:
-        state["conv1.weight"] = match_channels(state["conv1.weight"], own["conv1.weight"].shape[1], name)
-    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    missing = [key for key in missing if not key.endswith("num_batches_tracked")]        # absent in some older files
-    wrong = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
-    if missing or extra or wrong:
-        parts = [f"{len(keys)} {what} (first: {keys[0]})"
-                 for keys, what in ((missing, "missing"), (extra, "unexpected"), (sorted(wrong), "of another shape")) if keys]
-        raise UserError(f"{name}: does not fit this encoder: {', '.join(parts)}; choose the encoder and stem that it was made with")
-    return state
+    flat = dict(flatten(source if isinstance(source, dict) else files.load_torch(weights_file(source))))
+    found = prefixes(flat, encoder)
+    most = max(map(len, found.values()), default=0)
+    readings = {prefix: read(flat, prefix, keys, encoder, name) for prefix, keys in found.items() if len(keys) == most}
+    whole = [prefix for prefix, (_, faults, _) in readings.items() if not faults]
+    if not whole:
+        raise UserError(f"{name}: {refusal(flat, readings, encoder, known)}")
+    trained = sorted([prefix for prefix in whole if not NOT_TAKEN.search(prefix)] or whole, key=len)
+    state, _, left_out = readings[trained[0]]
+    for prefix in trained[1:]:
+        if not all(torch.equal(state[key], value) for key, value in readings[prefix][0].items()):
+            raise UserError(f"{name}: holds this encoder more than once, under {trained[0]} and {prefix}: save the one "
+                            "that you mean alone")
+    return state, trained[0], left_out
 
 
-def match_channels(weight, channels, name):
-    """First-layer weights (O, C, k, k) for another number of channels: summed to one, or one spread over several."""
-    if weight.shape[1] == channels:
-        return weight
+def refusal(flat, readings, encoder, known):
+    """Why no prefix fits, in words."""
+    if not flat:
+        return "not a state dict of tensors"
+    if not readings:
+        return f"has none of this encoder's keys, but {', '.join(list(flat)[:3])}: a network of another kind"
+    prefix, (state, faults, _) = next(iter(readings.items()))
+    made = " and ".join(f"{key} {known[key]}" for key in ("name", "stem") if key in known)
+    hint = f"it was made with {made}" if made else "choose the encoder and stem that it was made with"
+    parts, there = ({key.split(".")[0] for key in keys} for keys in (encoder.state_dict(), state))
+    if 2 * len(there) < len(parts):                                         # conv1, bn1, layer1, ...
+        hint = "a network of another kind"
+    return f"does not fit this encoder{prefix and f', read under {prefix}'}: {', '.join(faults)}; {hint}"
+
+
+def flatten(content, prefix="", depth=5):
+    """(key, tensor) of nested dicts, the keys joined by dots; the rest says nothing about a network."""
+    for key, value in content.items():
+        if isinstance(value, torch.Tensor):
+            yield f"{prefix}{key}", value
+        elif isinstance(value, dict) and depth:
+            yield from flatten(value, f"{prefix}{key}.", depth - 1)
+
+
+def prefixes(flat, encoder):
+    """{prefix: {the encoder's key: the key in the file}} for every prefix under which some of its keys stand. Children
+    may also be named by their number, as in Sequential(*network.children())."""
+    number = {name: str(i) for i, (name, _) in enumerate(encoder.named_children())}
+    names = {}
+    for key in encoder.state_dict():
+        top, dot, rest = key.partition(".")
+        names[key] = names[f"{number.get(top, top)}{dot}{rest}"] = key
+    found = {}
+    for key in flat:
+        parts = key.split(".")
+        for i in range(len(parts)):
+            if own := names.get(".".join(parts[i:])):
+                found.setdefault("".join(f"{part}." for part in parts[:i]), {})[own] = key
+    return found
+
+
+def read(flat, prefix, keys, encoder, name):
+    """(state dict, what is wrong with it in words, what the file holds besides)"""
+    own, state = encoder.state_dict(), {key: flat[there] for key, there in keys.items()}
+    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]  # not in old files
+    if "conv1.weight" in own.keys() & state.keys():
+        state["conv1.weight"] = match_channels(state["conv1.weight"], own["conv1.weight"], name)
+    taken = set(keys.values())
+    tops = {there.removeprefix(prefix).split(".")[0] for there in taken}
+    rest = [key for key in flat if key not in taken]
+    extra = [key for key in rest if key.startswith(prefix) and key.removeprefix(prefix).split(".")[0] in tops]
+    wrong = [f"{key} {shape_of(state[key])}, here {shape_of(own[key])}" for key in own
+             if key in state and own[key].shape != state[key].shape]
+    faults = [f"{len(those)} {what} (first: {those[0]})" for those, what in
+              ((missing, "missing"), (extra, "unexpected"), (wrong, "of another shape")) if those]
+    return state, faults, Counter(branch(key, prefix) for key in rest)
+
+
+def shape_of(tensor):
+    return "x".join(map(str, tensor.shape)) or "one number"
+
+
+def branch(key, prefix):
+    """The first part of the key that is not the prefix's."""
+    parts = key.split(".")
+    return next((part for part, own in zip(parts, prefix.split("."), strict=False) if part != own), parts[-1])
+
+
+def match_channels(weight, own, name):
+    """First-layer weights (O, C, k, k) for as many channels as `own`: summed to one, or one spread over several."""
+    channels = own.shape[1]
+    if weight.ndim != 4 or weight[:, 0].shape != own[:, 0].shape or weight.shape[1] == channels:
+        return weight                                                       # of another kernel, or nothing to do
     if channels == 1:
-        return weight.sum(1, keepdim=True)                                  # the answer to a gray image repeated C times
+        return weight.sum(1, keepdim=True)                                  # what a gray image repeated C times gives
     if weight.shape[1] == 1:
         return weight.repeat(1, channels, 1, 1) / channels
     raise UserError(f"{name}: its first layer takes {weight.shape[1]} channels, this encoder takes {channels}")
+
+
+def opened_by(encoder, file):
+    """{library: Python code that opens the file of these weights there}, empty where none has such a network. Other
+    libraries know nothing of mean and deviation: they want standardised images."""
+    name = (encoder.name or "").removesuffix("-3stages")
+    if name not in ("resnet18", "resnet34", "resnet50"):
+        return {}
+    channels, (kernel, stride, _) = encoder.conv1.weight.shape[1], STEMS[encoder.stem]
+    pool, whole, opening = encoder.stem == "default", len(encoder.widths) == 4, f"torch.load({str(file)!r})"
+    lines = [f"net = torchvision.models.{name}()", "net.fc = torch.nn.Identity()"]
+    if (channels, kernel) != (3, 7):
+        lines.append(f"net.conv1 = torch.nn.Conv2d({channels}, 64, {kernel}, {stride}, {kernel // 2}, bias=False)")
+    lines += ["net.maxpool = torch.nn.Identity()"] * (not pool) + ["net.layer4 = torch.nn.Identity()"] * (not whole)
+    code = {"torchvision": "; ".join([*lines, f"net.load_state_dict({opening})"])}
+    if whole:
+        code["monai"] = (f"net = monai.networks.nets.{name}(spatial_dims=2, n_input_channels={channels}, "
+                         f"conv1_t_size={kernel}, conv1_t_stride={stride}, no_max_pool={not pool}, shortcut_type='B', "
+                         f"bias_downsample=False, feed_forward=False); net.load_state_dict({opening})")
+    if whole and kernel == 7:
+        code["timm"] = (f"net = timm.create_model({name!r}, num_classes=0, in_chans={channels}, "
+                        f"checkpoint_path={str(file)!r})" + "; net.maxpool = torch.nn.Identity()" * (not pool))
+    return code

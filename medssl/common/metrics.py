@@ -136,22 +136,23 @@ def overlap(prediction, target, classes):
 
 
 def dice_of(both, predicted, true):
-    """2 |both| / (|predicted| + |true|) of pixel counts; nan where a class is in neither mask, 0 where it is in one."""
-    return ratio(2 * np.asarray(both), np.asarray(predicted) + true)
+    """2 |both| / (|predicted| + |true|) of counts of any shape, as `overlap` gives them or summed over a patient's
+    slices. nan where the class is in neither mask; 0 where it is in one only."""
+    return ratio(2 * np.asarray(both), np.add(predicted, true))
 
 
 def iou_of(both, predicted, true):
-    """|both| / |either| of pixel counts; nan and 0 as in `dice_of`."""
-    return ratio(both, np.asarray(predicted) + true - both)
+    """|both| / |either|; nan and 0 as in `dice_of`."""
+    return ratio(both, np.add(predicted, true) - both)
 
 
 def dice(prediction, target, classes):
-    """(classes,) over all pixels handed in: one slice, or a patient's slices stacked."""
+    """(classes,) Dice over all pixels handed in: one slice, or a patient's slices stacked."""
     return dice_of(*overlap(prediction, target, classes))
 
 
 def iou(prediction, target, classes):
-    """(classes,) over all pixels handed in."""
+    """(classes,) as `dice`."""
     return iou_of(*overlap(prediction, target, classes))
 
 
@@ -223,19 +224,6 @@ def mean_correlation(features):
     return float((np.abs(centred.T @ centred).sum() - size) / (size * (size - 1)))
 
 
-def alignment(z1, z2):
-    """Mean squared distance of the two views of an image on the unit sphere: 0 is perfect."""
-    return float(((unit_rows(z1) - unit_rows(z2)) ** 2).sum(1).mean())
-
-
-def uniformity(features, sharpness=2):
-    """log of the mean of exp(-sharpness * squared distance) over all pairs on the unit sphere: 0 if all are one point,
-    the lower the better."""
-    unit = unit_rows(features)
-    squared = 2 - 2 * (unit @ unit.T)[np.triu_indices(len(unit), 1)]        # (pairs,) distances
-    return float(np.log(np.exp(-sharpness * squared).mean())) if len(squared) else float("nan")
-
-
 def spread(embedding):
     """Standard deviation of the L2-normalised embedding, mean over dimensions, times sqrt(D): about 1 is healthy,
     about 0 is collapse."""
@@ -244,31 +232,30 @@ def spread(embedding):
 
 # ---- intervals
 
-def bootstrap(function, groups, repeats=1000, seed=0):
-    """95 % percentile interval (low, high) of function(rows), a number or an array of numbers: the ends of its draws.
-    Draws in which the value is nan do not count; fewer than about 20 groups give too short an interval."""
-    return ends(draws(function, groups, repeats, seed))
-
-
 def draws(function, groups, repeats=1000, seed=0):
-    """(repeats, ...) function(rows) when whole groups (patients) are drawn with replacement: images of one patient are
-    not independent. groups (N,): patient of each row; np.arange(N) if every row is its own. For a difference of two
-    models let the function return the difference: both then see the same patients. One group gives nan."""
+    """(repeats, ...) values of function(rows), a number or an array of numbers, when whole groups (patients) are drawn
+    with replacement: images of one patient are not independent. groups (N,): patient of each row; np.arange(N) if every
+    row is its own. For a difference of two models let the function return the difference: both then see the same
+    patients. One group says nothing about others: all values are nan."""
     groups = np.unique(array(groups), return_inverse=True)[1].ravel()
     members = np.split(np.argsort(groups, kind="stable"), np.cumsum(np.bincount(groups))[:-1])
     random = np.random.default_rng(seed)
-    drawn = np.array([function(np.concatenate([members[g] for g in random.integers(len(members), size=len(members))]))
-                      for _ in range(repeats)], float)                      # (repeats, ...)
-    if len(members) < 2:
-        drawn[:] = np.nan
-    return drawn
+    values = np.array([function(np.concatenate([members[g] for g in random.integers(len(members), size=len(members))]))
+                       for _ in range(repeats)], float)                     # (repeats, ...)
+    return values if len(members) > 1 else np.full_like(values, np.nan)
 
 
-def ends(drawn):
-    """The 2.5th and the 97.5th percentile over draws (repeats, ...), nan left out."""
-    columns = [column[~np.isnan(column)] for column in drawn.reshape(len(drawn), -1).T]
-    found = np.array([np.percentile(column, [2.5, 97.5]) if len(column) else [np.nan, np.nan] for column in columns])
-    return tuple(found[:, end].reshape(drawn.shape[1:])[()] for end in (0, 1))
+def ends(values):
+    """95 % percentile interval (low, high) of draws (repeats, ...), each of the draws' own shape. Draws that are nan do
+    not count."""
+    columns = [column[~np.isnan(column)] for column in values.reshape(len(values), -1).T]
+    pairs = np.array([np.percentile(column, [2.5, 97.5]) if len(column) else [np.nan, np.nan] for column in columns])
+    return tuple(pairs[:, end].reshape(values.shape[1:])[()] for end in (0, 1))
+
+
+def bootstrap(function, groups, repeats=1000, seed=0):
+    """The interval of `draws`. Fewer than about 20 groups give too short an interval."""
+    return ends(draws(function, groups, repeats, seed))
 
 
 def t_quantile(freedom):

@@ -1,22 +1,29 @@
 """Optimisers, schedules and parameter groups.
 
-LARS (You et al. 2017) and LAMB (You et al. 2020) scale each layer's step by |weights| / |step|, so that all layers move by a similar share of
-their own size; that keeps large batches stable. SGD, Adam and AdamW are torch's.
+LARS (You et al. 2017) and LAMB (You et al. 2020) scale each layer's step by |weights| / |step|, so that all layers move
+by a similar share of their own size; that keeps large batches stable. SGD, Adam and AdamW are torch's.
 
-LARS divides by |gradient| + decay * |weights|, as most code does; some divides by |gradient + decay * weights|, which differs a little.
+LARS divides by |gradient| + decay * |weights|, as most code does; some divides by |gradient + decay * weights|, which
+differs a little. With trust_clip=True it is LARC: no layer takes a larger step than SGD would with the same rate.
+
+Biases, norms and tokens do not decay, and LARS and LAMB do not scale their steps. Some released code makes no such
+difference (Wolf et al. 2023: SGD and LARS treat all parameters alike): with decay_all=True neither does this.
 """
 
 import math
 
 import torch
+from torch import nn
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose step is scaled per parameter by trust |w| / (|g| + decay |w|)."""
+    """SGD with momentum whose step is scaled per parameter by trust |w| / (|g| + decay |w|); by that over the rate, and
+    by 1 at most, with trust_clip."""
 
-    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust=0.001, nesterov=False, eps=1e-8):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust, nesterov=nesterov,
-                                      eps=eps, decays=True))
+    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust=0.001, nesterov=False, trust_clip=False,
+                 eps=1e-8):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust,
+                                      nesterov=nesterov, trust_clip=trust_clip, eps=eps, decays=True))
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -28,6 +35,8 @@ class LARS(torch.optim.Optimizer):
                 if group["decays"]:
                     w_norm, g_norm = w.norm(), g.norm()
                     ratio = group["trust"] * w_norm / (g_norm + group["weight_decay"] * w_norm + group["eps"])
+                    if group["trust_clip"]:
+                        ratio = (ratio / group["lr"]).clamp(max=1)          # at rate 0, where warm-up starts, it is 1
                     ratio = torch.where((w_norm > 0) & (g_norm > 0), ratio, 1.0)
                     g = (g + group["weight_decay"] * w) * ratio
                 state = self.state[w]
@@ -65,34 +74,49 @@ class LAMB(torch.optim.Optimizer):
 
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "lars": LARS, "lamb": LAMB}
 SCALED = ("sgd", "lars", "lamb")                # their learning rate is given per 256 images; Adam's as it stands
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
 def build(name, groups, lr, options=None):
+    """The optimiser of these groups. options: its own keywords, and decay_all=True: no parameter is excluded."""
     options = dict(options or {})
+    if options.pop("decay_all", False):
+        decay = max(group["weight_decay"] for group in groups)
+        groups = [group | {"decays": True, "weight_decay": decay} for group in groups]
     if name == "sgd":
         options = {"momentum": 0.9, **options}
     return OPTIMIZERS[name](groups, lr=lr, **options)
 
 
 def parameter_groups(module, weight_decay, scales=None):
-    """Trainable parameters in groups with a rate factor and a decay of their own. Biases, norms and mask tokens, all of which have one
-    dimension longer than 1 at most, are not decayed. scales {name prefix: rate factor} gives parts of the module another rate."""
+    """Trainable parameters in groups with a rate factor and a decay of their own; see `decays` for what has none.
+    scales {name prefix: rate factor} gives parts of the module another rate."""
     scales = scales or {}
     groups = {}
     for name, p in module.named_parameters():
         if p.requires_grad:
             rate = next((factor for prefix, factor in scales.items() if name.startswith(prefix)), 1.0)
-            decays = p.squeeze().ndim > 1
-            groups.setdefault((rate, decays), []).append(p)
-    return [{"params": params, "lr_scale": rate, "decays": decays, "weight_decay": weight_decay if decays else 0.0}
-            for (rate, decays), params in groups.items()]
+            groups.setdefault((rate, decays(module, name, p)), []).append(p)
+    return [{"params": params, "lr_scale": rate, "decays": decay, "weight_decay": weight_decay if decay else 0.0}
+            for (rate, decay), params in groups.items()]
 
 
-def lr_at(step, steps, warmup, lr, lr_end=0.0):
-    """Linear from 0, reaching lr at step `warmup`; from there a cosine to lr_end at step `steps`."""
+def decays(module, name, p):
+    """Whether this parameter of the module is a weight: no norm's, no bias, no token. One that is not called "weight"
+    (a token, a layer's scale) is told by its shape: one dimension longer than 1 at most. A layer's weight is not: with
+    one channel that of a 1x1 convolution is (1, W, 1, 1)."""
+    *path, last = name.split(".")
+    token = any(part.endswith(("token", "tokens")) for part in (*path, last))
+    if token or last.endswith("bias") or isinstance(module.get_submodule(".".join(path)), NORMS):
+        return False
+    return (p if last == "weight" else p.squeeze()).ndim > 1
+
+
+def lr_at(step, steps, warmup, lr):
+    """Linear from 0, reaching lr at step `warmup`; from there a cosine to 0 at step `steps`."""
     if step < warmup:
         return lr * step / warmup
-    return cosine((step - warmup) / max(1, steps - warmup), lr, lr_end)
+    return cosine((step - warmup) / max(1, steps - warmup), lr, 0.0)
 
 
 def cosine(progress, start, end):

@@ -1,8 +1,9 @@
 """The decoder half of a U-Net: from an encoder's maps back to the size of the image.
 
-Ronneberger et al., "U-Net: Convolutional Networks for Biomedical Image Segmentation", MICCAI 2015, with ResNet maps as the left half. Each stage
-enlarges by two (nearest), puts the encoder's map of that size beside it (the skip connection) and runs two 3x3 convolutions. With skips=False
-only the coarsest map is used, so that everything has to pass the bottleneck.
+Ronneberger et al., "U-Net: Convolutional Networks for Biomedical Image Segmentation", MICCAI 2015, with ResNet maps as
+the left half. Each stage enlarges by two (nearest), puts the encoder's map of that size beside it (the skip connection)
+and runs two 3x3 convolutions. With skips=False only the coarsest map is used, so that everything has to pass the
+bottleneck.
 """
 
 import torch
@@ -11,7 +12,8 @@ from torch.nn import functional as F
 
 
 class Decoder(nn.Module):
-    """decoder(maps) -> (B, channels, H, W), raw. `widths` and `strides` are the encoder's, fine to coarse; H and W are the finest map's times its stride."""
+    """decoder(maps) -> (B, channels, H, W), raw. `widths` and `strides` are the encoder's, fine to coarse; H and W are
+    the finest map's times its stride."""
 
     def __init__(self, widths, strides, channels, skips=True):
         super().__init__()
@@ -21,16 +23,16 @@ class Decoder(nn.Module):
             steps.append(Stage(below, width if skips else 0, width))
             below = width
         self.stages = nn.ModuleList(steps)
-        self.last = nn.ModuleList()                                         # from the finest map's stride to 1, no map to skip from
+        self.last = nn.ModuleList()                                         # from the finest map's size to the image's
         for _ in range(strides[0].bit_length() - 1):
             self.last.append(Stage(below, 0, max(8, below // 2)))
             below = max(8, below // 2)
         self.out = nn.Conv2d(below, channels, 1)
 
     def forward(self, maps):
-        x = maps[-1]                                                        # (B, widths[-1], H / strides[-1], W / strides[-1])
-        for stage, skip in zip(self.stages, reversed(maps[:-1])):
-            x = stage(x, skip.shape[2:], skip if self.skips else None)      # (B, widths[i], H / strides[i], W / strides[i])
+        x = maps[-1]                                                        # (B, widths[-1], H / strides[-1], ...)
+        for stage, skip in zip(self.stages, reversed(maps[:-1]), strict=True):
+            x = stage(x, skip.shape[2:], skip if self.skips else None)      # (B, widths[i], H / strides[i], ...)
         for stage in self.last:
             x = stage(x, (2 * x.shape[2], 2 * x.shape[3]))
         return self.out(x)                                                  # (B, channels, H, W)
