@@ -253,9 +253,11 @@ def export(study, path):
         network.mean, network.std = network.mean * 3, network.std * 3
         written.append(str(path.with_name(f"{path.stem}-rgb{path.suffix}")))
         encoders.save(network, written[-1])
-    print(f"exported {' and '.join(written)}: torchvision's key names (conv1.weight, bn1.*, layer1.0.conv1.weight, "
-          "..., no fc), also timm's and those of segmentation libraries; load_state_dict(..., strict=False) into a "
-          "network with an fc; the .json has the mean and deviation to standardise with")
+    print(f"exported {' and '.join(written)}; it wants standardised images, (x - mean) / std of the .json, and is opened by")
+    for library, code in encoders.opened_by(network, written[-1]).items():
+        print(f"  {library}: {code}")
+    kind = f"{network.name!r}, {network.conv1.weight.shape[1]}, {network.stem!r}"
+    print(f"  here: net = medssl.common.encoders.build({kind}); net.load_state_dict(torch.load({written[-1]!r}))")
 
 
 def save_features(study, path):

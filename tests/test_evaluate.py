@@ -215,7 +215,8 @@ def test_other_sizes_channels_and_files(home, capsys):
     state = {f"module.{key}": value for key, value in big.state_dict().items()} | {"module.fc.weight": torch.zeros(9, 512)}
     torch.save({"state_dict": state}, "imagenet.pth")
     Path("imagenet.json").write_text(json.dumps({"mean": [0.1, 0.2, 0.6], "std": [0.1, 0.2, 0.3]}))
-    gray = study.load_network(Model("imagenet", "resnet18", "default", Path("imagenet.pth")), SimpleNamespace(images=np.zeros((1, 1, 8, 8))), "cpu")
+    own = SimpleNamespace(dataset=SimpleNamespace(images=np.zeros((1, 1, 8, 8))), device="cpu", note=print)
+    gray = study.load_network(Model("imagenet", "resnet18", "default", Path("imagenet.pth")), own)
     assert gray.mean == pytest.approx((0.3,)) and gray.std == pytest.approx((0.2,))
     torch.testing.assert_close(gray.conv1.weight, big.conv1.weight.sum(1, keepdim=True))
     run("imagenet.pth", home / "run", "--task", "collapse", "--seeds", "1", "--device", "cpu", "--out", "two")

@@ -235,16 +235,18 @@ def describe(path, where):
 
 
 def guess(state, where, file):
-    """The encoder that keys and shapes fit. The stem "nopool" has the keys of "default": it has to be named."""
-    for name in [where.encoder] if where.encoder else encoders.ENCODERS:
-        for stem in [where.stem] if where.stem else ("default", "small"):
+    """The encoder and the stem that are asked for, that the file's neighbour names, or that keys and shapes fit."""
+    known = encoders.about(file)
+    name, stem = where.encoder or known.get("name"), where.stem or known.get("stem")
+    for kind in [name] if name else encoders.ENCODERS:
+        for first in [stem] if stem else ("default", "small"):              # "nopool" has the keys of "default"
             try:
                 with torch.device("meta"):                                  # shapes without numbers
-                    encoders.fitting(state, encoders.build(name, 1, stem))
-                return name, stem
+                    encoders.fitting(state, encoders.build(kind, 1, first))
+                return kind, first
             except UserError as error:
                 why = str(error).removeprefix("the state dict: ")
-    if where.encoder:
+    if name:
         raise UserError(f"{file}: {why}")
     raise UserError(f"{file}: its keys and shapes are those of none of {', '.join(encoders.ENCODERS)}")
 
@@ -258,27 +260,27 @@ def open_network(model, study):
         spread = ", its first layer summed or spread over the channels" * (seen[0] != shape[0])
         study.note(f"{model.name} was trained on {by((*seen, seen[1]))} images and is scored on {by(shape)} ones"
                    + spread)
-    network = load_network(model, study.dataset, study.device)
+    network = load_network(model, study)
     if study.settings.statistics == "data":
         set_statistics(network, study.dataset.images, study.learnt_from(), study.device)
     return network
 
 
-def load_network(model, dataset, device):
+def load_network(model, study):
     """The network with its weights, for images with as many channels as the set has; mean and deviation as the file's
     neighbour says."""
-    beside, channels = model.file.with_suffix(".json"), dataset.images.shape[1]
+    dataset, known = study.dataset, encoders.about(model.file)
+    channels = dataset.images.shape[1]
     try:
-        about = json.loads(beside.read_text()) if beside.is_file() else {}
-        values = [[float(v) for v in about.get(key) or getattr(dataset, key)] for key in ("mean", "std")]
-    except (ValueError, TypeError, AttributeError):
-        raise UserError(f"{beside}: damaged; it should hold the lists mean and std") from None
+        values = [[float(v) for v in known.get(key) or getattr(dataset, key)] for key in ("mean", "std")]
+    except (ValueError, TypeError):
+        raise UserError(f"{model.file.with_suffix('.json')}: damaged; it should hold the lists mean and std") from None
     values = [v if len(v) == channels else [sum(v) / len(v)] * channels for v in values]
     network = encoders.build(model.encoder, channels, model.stem, *values)
-    encoders.load(model.file, network)
+    encoders.load(model.file, network, study.note)
     if not all(v.isfinite().all() for v in network.state_dict().values()):
         raise UserError(f"{model.file}: holds weights that are not finite")
-    return network.to(device, memory_format=torch.channels_last)
+    return network.to(study.device, memory_format=torch.channels_last)
 
 
 def line_up(models, where, dataset):
