@@ -166,7 +166,7 @@ def add_flags(add):
     add("--lr", type=cli.positive_number, default=1e-3)
     add("--head-lr", type=cli.positive_number, help="the head's (default: 10 times --lr; a transferred decoder: --lr)")
     add("--weight-decay", type=cli.not_negative, default=0.01)
-    add("--loss", choices=readouts.LOSSES, help="balanced: class weights; dice (with cross-entropy) and jaccard: masks")
+    add("--loss", choices=readouts.LOSSES, help="balanced: class weights; for masks also jaccard and dice (default)")
     add("--neighbours", type=cli.positive, default=20, help="of knn; fewer where the smallest class has few images")
     add("--transfer", choices=("encoder", "encoder+decoder"), default="encoder", help="what unet takes from a run")
     add("--per", choices=("image", "patient"), default="image",
@@ -253,9 +253,10 @@ def export(study, path):
         network.mean, network.std = network.mean * 3, network.std * 3
         written.append(str(path.with_name(f"{path.stem}-rgb{path.suffix}")))
         encoders.save(network, written[-1])
-    print(f"exported {' and '.join(written)}; it wants standardised images, (x - mean) / std of the .json, and is opened by")
+    print(f"exported {' and '.join(written)}; they want standardised images, (x - mean) / std of the .json, and are "
+          "opened")
     for library, code in encoders.opened_by(network, written[-1]).items():
-        print(f"  {library}: {code}")
+        print(f"  by {library}: {code}")
     kind = f"{network.name!r}, {network.conv1.weight.shape[1]}, {network.stem!r}"
     print(f"  here: net = medssl.common.encoders.build({kind}); net.load_state_dict(torch.load({written[-1]!r}))")
 

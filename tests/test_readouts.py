@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from medssl.common import augment, feed, loop, metrics
+from medssl.common import augment, feed, loop, metrics, unet
 from medssl.common.errors import UserError
-from medssl.common.evaluation import readouts, scores, subsets
+from medssl.common.evaluation import readouts, scores, subsets, tasks
+from medssl.common.evaluation.study import Settings, Study
 from medssl.common.features import extract, knn, set_statistics
 from medssl.common.data import Dataset
 from tests.common import batch, tiny_encoder
@@ -356,3 +357,22 @@ def test_a_class_that_is_never_predicted_is_named():
     counts = np.array([[[5, 0, 0], [9, 0, 1], [5, 4, 0]]])
     assert scores.never_predicted(counts, ("0", "1", "2")) == ["1"]
     assert scores.never_predicted(np.eye(3)[[0, 0, 2]], ("a", "b", "c")) == ["b"]
+
+
+def test_a_small_class_is_not_drowned():
+    """A network that knows nothing, and a class on 2 % of the pixels: what its own pixels say for it, as a share of what
+    all others say against it, is twice what it is with all pixels alike."""
+    masks = np.zeros((4, 32, 32), np.uint8)
+    masks[:, :5, :4] = 1
+    target = subsets.Target(masks, ("0", "1"), np.zeros(4, int), {"train": np.arange(4)})
+    fit = tasks.Fit(Study(Settings(), None, None, [], None), tasks.Cell("unet"), None, 0, target, np.arange(4))
+    encoder = tiny_encoder()
+    method = tasks.segmenter(fit, encoder, None, unet.Decoder(encoder.widths, encoder.strides, 2))
+    assert method.head.out.bias.eq(0).all()
+    truth = torch.from_numpy(masks).long()
+
+    def share(weights):
+        logits = torch.zeros(4, 2, 32, 32, requires_grad=True)
+        method.loss(logits, truth, weights).backward()
+        return (-logits.grad[:, 1][truth == 1].sum() / logits.grad[:, 1][truth == 0].sum()).item()
+    assert share(method.class_weights) > 2 * share(None)

@@ -233,8 +233,13 @@ def start(fit):
 
 
 def segmenter(fit, network, views, head):
+    """Beside Dice, cross-entropy weighs classes by the root of balanced weights, and the last layer prefers none. With
+    every pixel alike, a network that knows nothing yet is told twenty times as loudly to leave a class of 2 % alone as
+    to find it; once its shares are near 0 both gradients are, and it stays unseen."""
     loss = fit.study.settings.loss or "dice"
-    return readouts.Segmenter(network, views, head, fit.classes, loss, fit.class_weights(loss == "balanced"))
+    torch.nn.init.zeros_(head.out.bias)
+    weights = fit.class_weights(True).sqrt() if loss == "dice" else fit.class_weights(loss == "balanced")
+    return readouts.Segmenter(network, views, head, fit.classes, loss, weights)
 
 
 def trained(fit, method):
