@@ -9,102 +9,136 @@
 Leaves in the run's folder: config.json, log.jsonl, checkpoint.pt, encoder.pt and pictures. `--set` changes any argument of the method's constructor.
 """
 
+import contextlib
 import copy
-import inspect
-import json
 import math
-import os
-import platform
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from medssl import METHODS
-from medssl.common import augment, cli, data, encoders, feed, features, files, loop, metrics, optim, plots, unet
+from medssl.common import augment, cli, data, encoders, files, loop, optim
+from medssl.common import settings as settled
 from medssl.common.errors import UserError
+from medssl.common.monitor import Monitor
 
-# On the built-in set these stand in for a method's RECIPE: small, and about two minutes on two CPU cores.
-PHANTOM_PRESET = {"encoder": "tiny", "size": 64, "batch": 64, "steps": 1000, "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.01, "warmup": 2,
-                  "settings": {"queue_size": 128, "momentum": 0.9, "width": 64, "prototypes": 20, "freeze": 0, "crops": 2, "epsilon": 0.03}}
-FILLED = ("encoder", "augment", "decoder", "small", "channels", "size", "parts", "weights")     # arguments that are filled in here, not with --set
+try:
+    import resource
+except ImportError:                                                         # on Windows
+    resource = None
+
+RUN = "checkpoint.pt"                                                       # what makes a folder a run
 
 
 def main(argv=None):
     args = parse(argv)
-    if args.resume:
-        args = resumed(args)
-    rank, world, device = loop.processes(args.device)
+    settings = settled.stored(args.out, args.device) if args.resume else begin(args)
+    rank, world, device = loop.processes(settings.device)
     say = print if rank == 0 else lambda *_, **__: None
+    loop.parts_of(settings.batch, settings.accum, world)                    # or the line that says why not
+    out = Path(args.out) if args.resume else choose_folder(args, world)
+
+    dataset = data.load(settings.data, settings.size, settings.channels, settings.label, settings.cache)
+    rows = dataset.rows("train", "unlabeled")
+    method, first = assemble(settings, dataset, say)
+    for note in notes(method, settings, len(rows)):
+        say(f"note: {note}")
+    config = settings.training(out, args.resume)
+    say(headline(settings, dataset, len(rows), first, device))
+    with files.begun(out, RUN) if rank == 0 else contextlib.nullcontext():  # all flags were found right
+        if rank == 0 and not args.resume:
+            settled.write_config(out, settings, dataset)
+        method.to(device, memory_format=torch.channels_last)
+        monitor = Monitor(first.to(device), dataset, rows, device, settings, out if rank == 0 else None)
+        if monitor.out and not args.resume:
+            monitor.draw_views(method)
+            say(f"what the method sees: {out / 'views.png'}")
+        done, seconds = train(method, monitor, dataset, rows, config)
+    report(monitor, config, done, seconds, say)
+
+
+def begin(args):
+    """The settings of a new run."""
     names = args.method.split("+")
     for name in names:
         cli.one_of(name, [n for n in METHODS if n != "together"], "method")
     if len(set(names)) < len(names):
         raise UserError(f"--method {args.method}: no part may stand twice")
-    plan = settle(args, names[0])
-    out = choose_folder(args, names, world)
+    return settled.settle(args, METHODS, names, settled.look(args.data, args.label))
 
-    dataset = data.load(args.data, size=plan["size"], channels=args.channels, label=args.label, cache=args.cache)
-    rows = dataset.rows("train", "unlabeled")
-    config = configure(args, plan, len(rows), out, world)
-    torch.manual_seed(args.seed)                                            # the same first weights in every process
-    channels, size = dataset.images.shape[1], dataset.images.shape[2]
-    plan["stem"] = plan["stem"] or ("small" if size < 40 else "default")
-    encoder = encoders.build(plan["encoder"], channels, plan["stem"], dataset.mean, dataset.std)
-    method = build(names, encoder, size, channels, plan, args)
-    for name, part in getattr(method, "parts", {names[0]: method}).items():
-        if hasattr(part, "when_together") and len(names) > 1:
-            say(f"note on {name} beside others: {part.when_together}")
-        if getattr(part, "queue", None) is not None and len(part.queue) > len(rows):
-            say(f"note on {name}: its queue holds {len(part.queue)} embeddings, more than there are images ({len(rows)}): images will meet old "
-                f"embeddings of their own as negatives; --set queue_size={max(1, len(rows) // 2)} would avoid it")
-    if args.init:
-        matched, total = encoders.load(args.init, encoder)
-        say(f"starting from {args.init}: {matched} of {total} tensors matched")
-        sync_copies(method, encoder)
-    first = copy.deepcopy(encoder).to(device)                               # what the trained encoder has to beat
-    say(f"{args.method} on {dataset.name}: {len(rows)} images {channels}x{size}x{size}, {plan['encoder']} "
-        f"({sum(p.numel() for p in encoder.parameters()) / 1e6:.1f} M weights), {config.steps} steps of {config.batch} on {device}; "
-        f"settings: {plan['source']}")
-    if rank == 0 and not args.resume:                                       # nothing was written before all flags were found right
-        out.mkdir(parents=True, exist_ok=True)
-        write_config(out, args, plan, config, dataset)
 
-    monitor = Monitor(method, first, dataset, rows, device, config)
-    started = time.perf_counter()
-    bar = tqdm(total=config.steps, initial=0, disable=rank > 0, unit="step", dynamic_ncols=True, delay=0.5)
-    history = read_history(out) if args.resume else []
-    try:
+def choose_folder(args, world):
+    """Where the run is to leave what it leaves."""
+    stem = f"runs/{args.method}-{Path(args.data).stem or 'data'}"
+    out = files.free_folder(args.out, stem, RUN, "--resume goes on with that run, another --out starts afresh")
+    if world > 1 and not args.out:
+        raise UserError(f"with several processes say where to: --out {out}")
+    return out
+
+
+def assemble(settings, dataset, say):
+    """The method, and the encoder before training. What --init brings is in it before slow copies are made of it."""
+    channels = dataset.images.shape[1]
+    torch.manual_seed(settings.seed)                                        # the same first weights in every process
+    encoder = encoders.build(settings.encoder, channels, settings.stem, dataset.mean, dataset.std)
+    if settings.init:
+        matched, total = encoders.load(settings.init, encoder)
+        say(f"starting from {settings.init}: {matched} of {total} tensors matched")
+    first = copy.deepcopy(encoder)
+    return settled.build(METHODS, settings.parts, encoder, channels, settings.size), first
+
+
+def notes(method, settings, count):
+    """What the user should know before it starts."""
+    for name, part in getattr(method, "parts", {settings.method: method}).items():
+        if hasattr(part, "when_together") and len(settings.parts) > 1:
+            yield f"{name} beside others: {part.when_together}"
+        queue = settled.queue_size(METHODS[name], settings.parts[name])
+        if queue > count:
+            yield (f"the queue of {name} holds {queue} embeddings, more than there are images ({count}): images will meet old embeddings of "
+                   f"their own as negatives; --set queue_size={max(1, count // 2)} would avoid it")
+
+
+def headline(settings, dataset, count, encoder, device):
+    channels, size = dataset.images.shape[1:3]
+    weights = sum(p.numel() for p in encoder.parameters()) / 1e6
+    return (f"{settings.method} on {dataset.name}: {count} images {channels}x{size}x{size}, {settings.encoder} ({weights:.1f} M weights), "
+            f"{settings.steps} steps of {settings.batch} on {device}; settings: {settings.preset}")
+
+
+def train(method, monitor, dataset, rows, config):
+    """The loop with its bar, its looks and its curves. Returns the last step that was done and the seconds it took."""
+    started, step = time.perf_counter(), None
+    history = files.read_log(Path(config.out) / "log.jsonl") if config.resume else []
+    with tqdm(total=config.steps, unit="step", dynamic_ncols=True, delay=0.5, **({} if monitor.out else {"disable": True})) as bar:
         for record in loop.fit(method, dataset, config, rows):
-            bar.update(record["step"] - bar.n)
-            if isinstance(record["loss"], float):
-                if record["step"] in monitor.steps:
-                    record.update(monitor.look(method))
-                history.append(dict(record))
-                bar.set_postfix(monitor.summary(record), refresh=False)
-                if len(history) == 2 and rank == 0:                         # the first rate still holds the start
-                    minutes = (config.steps - record["step"]) * config.batch / record["images_per_s"] / 60
-                    bar.write(f"about {minutes:.1f} minutes to go; {memory(device):.1f} GiB of memory in use")
-    finally:
-        bar.close()
-    seen = monitor.try_out(method)                                          # by every process: some losses gather all embeddings
-    if rank == 0 and history:
-        report(method, monitor, seen, history, out, dataset, config, time.perf_counter() - started, say)
+            step = record["step"]
+            bar.update(step - bar.n)
+            if not isinstance(record["loss"], float):
+                continue
+            if monitor.due(step):
+                record.update(monitor.look(method))
+            history.append(files.rounded(record))
+            if monitor.due(step) and monitor.out:
+                monitor.draw_curves(history)
+            bar.set_postfix(monitor.summary(record), refresh=False)
+            if len(history) == 2 and monitor.out:                           # the first rate still holds the start
+                minutes = (config.steps - step) * config.batch / record["images_per_s"] / 60
+                bar.write(f"about {minutes:.1f} minutes to go; {memory(monitor.device):.1f} GiB of memory in use")
+    return step, time.perf_counter() - started
 
 
 def memory(device):
     """Peak memory in GiB: the GPU's where there is one, else the process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    try:
-        import resource                                                     # not on Windows
-    except ImportError:
+    if resource is None:
         return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    unit = 2**30 if sys.platform == "darwin" else 2**20                     # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def parse(argv):
@@ -149,222 +183,22 @@ def parse(argv):
     return args
 
 
-def resumed(args):
-    """The arguments of the run that is gone on with."""
-    folder = Path(args.out)
-    if not (folder / "checkpoint.pt").is_file():
-        raise UserError(f"--resume --out {args.out}: there is no checkpoint.pt")
-    try:
-        stored = json.loads((folder / "config.json").read_text())["arguments"]
-    except (OSError, ValueError, KeyError):
-        raise UserError(f"{folder / 'config.json'}: missing or damaged; a run is resumed from its checkpoint.pt and config.json") from None
-    vars(args).update({k: v for k, v in stored.items() if k not in ("out", "resume") and not (k == "device" and args.device != "auto")})
-    return args
-
-
-def recipe_of(name):
-    return sys.modules[METHODS[name].__module__].RECIPE
-
-
-def settle(args, name):
-    """What the flags leave open: from the preset on phantoms, else from the RECIPE of the (first) method."""
-    recipe = recipe_of(name)
-    if args.data == "phantoms":
-        plan, source = dict(PHANTOM_PRESET), "the preset for phantoms"
+def report(monitor, config, done, seconds, say):
+    """In words what came out, and the command that comes next."""
+    if done is None:
+        say("nothing was left to do")
     else:
-        plan, source = {"encoder": "resnet18", "settings": {}, **recipe}, f"the RECIPE of {name}"
-    if args.optimizer and args.optimizer != plan["optimizer"]:
-        plan.pop("options", None)                                           # the recipe's keywords belong to its optimiser
-    for flag in ("encoder", "stem", "size", "batch", "optimizer", "lr", "weight_decay", "clip", "steps", "epochs"):
-        value = getattr(args, flag)
-        plan[flag] = plan.get(flag) if value is None else value
-    if args.epochs:
-        plan["steps"] = None
-    plan["source"] = source
-    return plan
-
-
-def configure(args, plan, count, out, world=1):
-    """Epochs (also those of the warm-up) become steps, the rate per 256 images becomes the rate that is applied."""
-    if plan["batch"] % (args.accum * world):
-        raise UserError(f"--batch {plan['batch']} must divide by --accum {args.accum} x {world} processes")
-    per_epoch = max(1, count // plan["batch"])
-    steps = plan["steps"] or max(1, round(plan["epochs"] * per_epoch))
-    warmup = min(round(plan["warmup"] * per_epoch), steps // 10)            # a short run keeps the recipe's share of a long one
-    scale = plan["batch"] / 256 if plan["optimizer"] in optim.SCALED else 1.0
-    return loop.Config(
-        steps=steps, batch=plan["batch"], lr=plan["lr"] * scale, optimizer=plan["optimizer"], options=plan.get("options", {}),
-        weight_decay=plan["weight_decay"], weight_decay_end=plan.get("weight_decay_end") if args.weight_decay is None else None,
-        warmup=warmup, accum=args.accum, clip=plan["clip"], amp=args.amp, compile=args.compile, sync_bn=args.sync_bn,
-        seed=args.seed, device=args.device, out=str(out), resume=args.resume, save_every=args.save_every, keep_every=args.keep_every,
-        log_every=args.log_every)
-
-
-def choose_folder(args, names, world):
-    """--out, or the first free runs/METHOD-DATA; an old run is never written over. The folder itself is made later."""
-    if args.out:
-        out = Path(args.out)
-        if not args.resume and (out / "checkpoint.pt").exists():
-            raise UserError(f"--out {out}: holds a run already; --resume goes on with it, another --out starts afresh")
-    else:
-        stem = f"runs/{'+'.join(names)}-{Path(args.data).stem or 'data'}"
-        out = next(p for p in (Path(stem if i == 1 else f"{stem}-{i}") for i in range(1, 10_000)) if not p.exists())
-        if world > 1:
-            raise UserError(f"with several processes say where to: --out {out}")
-    there = next(p for p in (out, *out.absolute().parents) if p.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise UserError(f"--out {out}: {there} is not a folder that can be written to")
-    return out
-
-
-def build(names, encoder, size, channels, plan, args):
-    """The method, or several joined by Together; every part gets its own views and the arguments that its signature asks for."""
-    settings = cli.read_settings(args.set)
-    parts, weights = {}, {}
-    for name in names:
-        cls, recipe, own = METHODS[name], recipe_of(name), {}
-        signature = inspect.signature(cls)
-        for key in [k for k in settings if len(names) == 1 or k.startswith(f"{name}.")]:
-            own[key if len(names) == 1 else key.removeprefix(f"{name}.")] = settings.pop(key)
-        if "weight" in own and len(names) > 1:
-            weights[name] = own.pop("weight")
-        decoder = {k.removeprefix("decoder."): own.pop(k) for k in list(own) if k.startswith("decoder.")}
-        cli.check_settings(own, signature, FILLED, name)
-        words = {k: v for k, v in plan["settings"].items() if k in signature.parameters} | own
-        view = args.views or recipe["views"]
-        words |= {k: v for k, v in {"channels": channels, "size": size}.items() if k in signature.parameters}
-        if "small" in signature.parameters and "views_small" in recipe:     # 96 beside 224 pixels
-            words["small"] = augment.build(recipe["views_small"], max(16, round(size * 96 / 224)))
-        if "decoder" in signature.parameters:
-            cli.check_settings(decoder, inspect.signature(unet.Decoder), ("widths", "strides", "channels"), "decoder")
-            words["decoder"] = unet.Decoder(encoder.widths, encoder.strides, channels, **decoder)
-        elif decoder:
-            raise UserError(f"--set decoder.{next(iter(decoder))}: {name} has no decoder")
-        parts[name] = cls(encoder, augment.build(view, size), **words)
-    if settings:
-        raise UserError(f"--set {next(iter(settings))}: with several methods write PART.NAME=VALUE, the parts are {', '.join(names)}")
-    return parts[names[0]] if len(names) == 1 else METHODS["together"](encoder, None, parts, weights)
-
-
-def sync_copies(method, encoder):
-    """Momentum encoders are copied at construction, before --init: give them the loaded weights too."""
-    for module in method.modules():
-        if module is not encoder and type(module) is type(encoder):
-            module.load_state_dict(encoder.state_dict())
-
-
-def write_config(out, args, plan, config, dataset):
-    """Everything that ran, and enough for --resume; the data set by name and shape, no file names, no patients."""
-    arguments = vars(args) | {"out": str(out)}
-    if args.data != "phantoms":
-        arguments["data"] = str(Path(args.data).resolve())
-    files.write_json(out / "config.json", {
-        "arguments": arguments, "plan": plan, "training": loop.asdict(config),
-        "encoder": {"name": plan["encoder"], "channels": dataset.images.shape[1], "stem": plan["stem"], "mean": list(dataset.mean), "std": list(dataset.std)},
-        "data": {"name": dataset.name, "images": len(dataset.images), "channels": dataset.images.shape[1], "size": dataset.images.shape[2],
-                 "classes": list(dataset.classes)},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}})
-
-
-def read_history(out):
-    path = out / "log.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-class Monitor:
-    """Eyes for collapse: now and then, on a fixed set of images, how many directions the features use and what a kNN makes of them."""
-
-    def __init__(self, method, first, dataset, rows, device, config):
-        every = max(1, config.steps // 10 // config.log_every) * config.log_every
-        self.steps = {*range(every, config.steps, every), config.steps}
-        self.dataset, self.device, self.latest = dataset, device, {}
-        pick = np.random.default_rng(0).permutation
-        self.fixed = pick(rows)[:256]
-        labelled = [] if dataset.labels is None else rows[dataset.labels[rows] >= 0]
-        val = [] if dataset.splits is None or dataset.labels is None else dataset.rows("val")
-        self.train, self.val = pick(labelled)[:1500], [row for row in pick(val)[:500] if dataset.labels[row] >= 0]
-        self.scored = len(self.val) > 0 and len(np.unique(dataset.labels[self.train])) > 1
-        self.spectra = {"start": metrics.spectrum(self.features(first, self.fixed))}
-        self.start = self.knn(first)
-
-    def features(self, encoder, rows):
-        return features.extract(encoder, self.dataset.images, rows, self.device)
-
-    def knn(self, encoder):
-        """Balanced accuracy on the validation patients."""
-        if not self.scored:
-            return None
-        votes = features.knn(self.features(encoder, self.train), self.dataset.labels[self.train], self.features(encoder, self.val))
-        return metrics.balanced_accuracy(self.dataset.labels[self.val], votes.argmax(1))
-
-    @torch.no_grad()
-    def look(self, method):
-        encoder = getattr(method, "exported", method.encoder)
-        seen = self.features(encoder, self.fixed)
-        self.spectra["end"] = metrics.spectrum(seen)
-        self.latest = {"rank_me": float(metrics.rank_me(seen))}
-        if self.scored:
-            self.latest["knn"] = float(self.knn(encoder))
-        out = self.try_out(method)[1]
-        if "embedding" in out:
-            self.latest["spread"] = float(metrics.spread(out["embedding"].float().cpu().numpy()))
-        return self.latest
-
-    @torch.no_grad()
-    def try_out(self, method):
-        """Views and outputs of the method for the fixed images, always with the same randomness; nothing is learned from them."""
-        torch.manual_seed(0)
-        rows, nobody = self.fixed[:64], replace(self.dataset, groups=None)  # no patient numbers in pictures
-        views = feed.make_views(method, feed.batch(self.dataset.images, rows, self.device), nobody, rows)
-        training = method.training
-        method.eval()
-        out = method(*views)
-        method.train(training)
-        return views, out
-
-    def summary(self, record):
-        shown = {"loss": f"{record['loss']:.3f}"}
-        if "chance" in record:
-            shown["chance"] = f"{record['chance']:.3f}"
-        shown["images/s"] = f"{record['images_per_s']:.0f}"
-        return shown | {name: f"{self.latest[key]:.2f}" for key, name in (("rank_me", "RankMe"), ("knn", "kNN")) if key in self.latest}
-
-
-def report(method, monitor, seen, history, out, dataset, config, seconds, say):
-    """The pictures, and in words what came out."""
-    images = feed.batch(dataset.images, monitor.fixed[:8], "cpu")
-    views, outs = seen
-    flat = tuple(tensor for view in views for tensor in (view if isinstance(view, tuple) else (view,)))
-    plots.views_sheet(tuple(tensor.cpu() for tensor in flat), out / "views.png")
-    if "restored" in outs:
-        pictures = [tensor.cpu() for tensor in flat if tensor.ndim == 4 and tensor.is_floating_point()]
-        clean = {1: pictures[0], 2: pictures[-1]}.get(len(pictures), images)    # the view itself under a mask; (distorted, target); else the image
-        plots.restored_sheet(clean, tuple(tensor.cpu() for tensor in flat), outs["restored"].float().cpu(), out / "restored.png")
-    draw_curves(history, out / "curves.png", monitor.start)
-    plots.spectrum_chart(monitor.spectra, out / "spectrum.png")
-    say(f"{history[-1]['step']} of {config.steps} steps in {seconds / 60:.1f} minutes")
-    if monitor.latest.get("spread", 1) < 0.1:
-        say(f"COLLAPSED: the embedding's spread is {monitor.latest['spread']:.3f} (about 1 is healthy, 0 means that all images look the same to the network)")
-    if monitor.start is not None and "knn" in monitor.latest:
-        say(f"kNN on validation images, balanced accuracy: {monitor.latest['knn']:.3f} trained, {monitor.start:.3f} before training, "
-            f"{1 / len(np.unique(dataset.labels[monitor.val])):.3f} by chance")
-    pictures = ", ".join(p.name for p in sorted(out.glob("*.png")))
-    say(f"in {out}: encoder.pt, checkpoint.pt, log.jsonl, config.json; pictures {pictures}")
-    say(f"next: python evaluate.py {out}")
-
-
-def draw_curves(history, path, start):
-    def series(*keys):
-        found = {key: [(r["step"], r[key]) for r in history if key in r] for key in keys}
-        return {key: tuple(zip(*points)) for key, points in found.items() if points}
-
-    panels = [{"series": series("loss"), "title": "loss", "x_label": "step", "y_label": "loss",
-               "horizontal": {"chance": history[-1]["chance"]} if "chance" in history[-1] else None}]
-    for key, title, level in (("knn", "kNN on validation images", {"before training": start} if start is not None else None), ("rank_me", "RankMe of the features", None)):
-        if series(key):
-            panels.append({"series": series(key), "title": title, "x_label": "step", "y_label": "balanced accuracy" if key == "knn" else "effective directions",
-                           "horizontal": level})
-    plots.panels(panels, path)
+        say(f"{done} of {config.steps} steps in {seconds / 60:.1f} minutes")
+    latest = monitor.latest
+    if latest.get("spread", 1) < 0.1:
+        say(f"COLLAPSED: the embedding's spread is {latest['spread']:.3f} (about 1 is healthy, 0 means that all images look the same to "
+            "the network)")
+    if "knn" in latest:
+        say(f"kNN on validation images, balanced accuracy: {latest['knn']:.3f} trained, {monitor.start:.3f} before training, "
+            f"{monitor.chance():.3f} by chance")
+    pictures = ", ".join(path.name for path in sorted(Path(config.out).glob("*.png")))
+    say(f"in {config.out}: encoder.pt, checkpoint.pt, log.jsonl, config.json; pictures {pictures}")
+    say(f"next: python evaluate.py {config.out}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import nn
 
 import train
-
 from medssl.common import augment, feed, loop, optim
 from medssl.rotation import Rotation
 from tests.common import batch, tiny_encoder
@@ -246,11 +245,10 @@ def test_images_become_floats_between_zero_and_one(dtype, tmp_path):
     dataset = pictures(6, 2, dtype=dtype)
     np.save(tmp_path / "x.npy", dataset.images)
     for source in (dataset.images, np.load(tmp_path / "x.npy", mmap_mode="r")):
-        with feed.Images(source, torch.device("cpu")) as images:
-            images.ask(np.array([4, 1, 1]))
-            taken = images.take()
+        (index, taken), (_, last) = feed.batches(source, [np.array([4, 1, 1]), np.array([0])], torch.device("cpu"))
         assert taken.dtype == torch.float32
-        assert np.allclose(taken.numpy(), dataset.images[[4, 1, 1]] / np.iinfo(dtype).max)
+        assert np.allclose(taken.numpy(), dataset.images[[4, 1, 1]] / np.iinfo(dtype).max) and index.tolist() == [4, 1, 1]
+        assert np.allclose(last.numpy(), dataset.images[[0]] / np.iinfo(dtype).max)
 
 
 def test_targets_reach_the_views():

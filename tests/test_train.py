@@ -12,7 +12,7 @@ from PIL import Image
 
 import train
 from medssl import METHODS
-from medssl.common import cli, encoders
+from medssl.common import cli, encoders, files, settings
 from tests.common import batch
 
 FAST = ["--size", "32", "--stem", "default", "--batch", "16", "--steps", "3", "--log-every", "1", "--device", "cpu"]
@@ -51,7 +51,9 @@ def test_a_run_leaves_what_it_promises(folder, capsys):
     assert {p.name for p in out.iterdir()} == {"config.json", "log.jsonl", "checkpoint.pt", "encoder.pt", "encoder.json", "encoder-2.pt", "encoder-2.json",
                                                "views.png", "curves.png", "spectrum.png"}
     config = json.loads((out / "config.json").read_text())
-    assert config["arguments"]["set"] == ["queue_size=24", "dim=16"] and config["encoder"]["mean"] and config["data"]["images"] == 40
+    assert config["arguments"]["parts"]["moco"]["words"] == {"queue_size": 24, "dim": 16}
+    assert config["encoder"]["mean"] and config["data"]["images"] == 40
+    assert files.read_run(out) == files.Run(str(folder.resolve()), "label", 32, 1, "tiny", "default")
     assert torch.load(out / "checkpoint.pt", weights_only=True)["method"]["queue"].shape == (24, 16)
     encoders.load(out, encoders.build("tiny", 1, "default"))
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -137,21 +139,25 @@ def test_a_checkpoint_of_another_method_is_refused(folder, capsys):
     assert "belongs to another method" in fails(capsys, "--resume", "--out", "b")
 
 
-def test_recipes_become_settings(folder):
+def settle(*words, count=1000):
+    args = train.parse(list(words))
+    return settings.settle(args, METHODS, args.method.split("+"), count)
+
+
+def test_recipes_become_settings():
     """The rate is given per 256 images for SGD and the like, and as it stands for Adam; epochs become steps."""
-    def settings(method, *words):
-        args = train.parse(["--method", method, "--data", "x", *words])
-        return train.configure(args, train.settle(args, method), 1000, "out")
-    recipe = train.recipe_of("moco")
-    ours = settings("moco", "--batch", "128", "--epochs", "4")
-    assert ours.lr == pytest.approx(recipe["lr"] / 2) and ours.steps == 28
-    assert settings("rotation", "--batch", "64").lr == train.recipe_of("rotation")["lr"]
+    recipe = settings.recipe_of(METHODS["moco"])
+    ours = settle("--method", "moco", "--data", "x", "--batch", "128", "--epochs", "4")
+    assert ours.training("out", False).lr == pytest.approx(recipe["lr"] / 2) and ours.steps == 28
+    ours = settle("--method", "rotation", "--data", "x", "--batch", "64")
+    assert ours.training("out", False).lr == settings.recipe_of(METHODS["rotation"])["lr"]
     for name in METHODS:
         if name != "together":
-            ours = settings(name)
-            assert ours.steps > 1 and ours.warmup <= ours.steps // 10 and ours.optimizer == train.recipe_of(name)["optimizer"]
-    args = train.parse([])
-    assert args.method == "medmoco" and args.data == "phantoms" and train.settle(args, "medmoco")["encoder"] == "tiny"
+            ours = settle("--method", name, "--data", "x")
+            assert ours.steps > 1 and ours.warmup <= ours.steps // 10
+            assert ours.optimizer == settings.recipe_of(METHODS[name])["optimizer"]
+    ours = settle()
+    assert ours.method == "medmoco" and ours.data == "phantoms" and ours.encoder == "tiny"
 
 
 def test_help_lists_the_methods(capsys):
