@@ -1,4 +1,5 @@
-"""What the two scripts share at the command line: errors in one line with exit status 2, names suggested, values read, Ctrl-C."""
+"""What the scripts share at the command line: errors in one line with status 2, names suggested, values read,
+Ctrl-C."""
 
 import argparse
 import ast
@@ -108,7 +109,7 @@ def read_settings(pairs, flag="--set"):
     return settings
 
 
-KINDS = {bool: bool, int: int, float: (int, float), str: str}              # kind of a default -> what may stand in its place
+KINDS = {bool: bool, int: int, float: (int, float), str: str}  # kind of a default -> what may replace it
 
 
 def check_settings(settings, signature, reserved, what, flag="--set"):
@@ -117,7 +118,8 @@ def check_settings(settings, signature, reserved, what, flag="--set"):
     for name, value in settings.items():
         default = words[one_of(name, words, f"setting of {what}")]
         if type(default) in KINDS and not is_kind(value, KINDS[type(default)]):
-            raise UserError(f"{flag} {name}={value}: {what} takes {type(default).__name__} values there, for example {default}")
+            kind = type(default).__name__
+            raise UserError(f"{flag} {name}={value}: {what} takes {kind} values there, for example {default}")
 
 
 def is_kind(value, kind):
@@ -127,8 +129,9 @@ def is_kind(value, kind):
 
 @contextmanager
 def told(what, *files):
-    """A ValueError that one of these files raises itself, about what it was given, becomes the user's line, beginning with `what`.
-    One that only passes through them, raised by torch, say, is a mistake in the code and keeps its traceback."""
+    """A ValueError that one of these files raises itself, about what it was given, becomes the user's line, which
+    begins with `what`. One that only passes through them, raised by torch, say, is a mistake in the code and keeps its
+    traceback."""
     try:
         yield
     except UserError:

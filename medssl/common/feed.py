@@ -13,7 +13,8 @@ import torch
 
 
 def make_views(method, pictures, dataset, rows):
-    """method.views with the targets that its signature asks for: labels, masks or groups of these rows, None where the set has none."""
+    """method.views with the targets that its signature asks for: labels, masks or groups of these rows, None where the
+    set has none."""
     targets = {}
     for name in list(inspect.signature(method.views).parameters)[1:]:
         whole = getattr(dataset, name)
@@ -32,8 +33,8 @@ def mix(*numbers):
 
 
 def batch_order(count, batch, step, seed, weights=None):
-    """The global batch of a step: row numbers from shuffled passes over the set. A tail smaller than a batch is left out of its pass;
-    a batch larger than the set runs through several passes."""
+    """The global batch of a step: row numbers from shuffled passes over the set. A tail smaller than a batch is left
+    out of its pass; a batch larger than the set runs through several passes."""
     if batch > count:
         first, length = divmod(step * batch, count)
         passes = [shuffled(count, seed, first + i, weights) for i in range((length + batch - 1) // count + 1)]
@@ -52,7 +53,8 @@ def _shuffled(count, seed, epoch, weights):
     generator = torch.Generator().manual_seed(mix(seed, epoch, -1))
     if weights is None:
         return torch.randperm(count, generator=generator).numpy()
-    return torch.multinomial(torch.frombuffer(bytearray(weights), dtype=torch.float64), count, True, generator=generator).numpy()
+    weights = torch.frombuffer(bytearray(weights), dtype=torch.float64)
+    return torch.multinomial(weights, count, True, generator=generator).numpy()
 
 
 def batch(images, rows, device):
@@ -67,8 +69,8 @@ def to_float(pictures, dtype):
 def batches(images, parts, device):
     """For each array of row numbers in `parts`: the row numbers and their pictures, float32 in [0, 1] on the device.
 
-    The set stays on the GPU where it fills at most a quarter of its free memory; else one thread reads the next part while
-    the caller works with this one. Close the generator, or run it to its end, and the thread ends with it."""
+    The set stays on the GPU where it fills at most a quarter of its free memory; else one thread reads the next part
+    while the caller works with this one. Close the generator, or run it to its end, and the thread ends with it."""
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
         yield from resident(images, parts, device)
         return

@@ -18,7 +18,8 @@ from .errors import UserError
 
 @contextmanager
 def whole(path):
-    """Yields a temporary path beside `path` and renames it at the end: a reader sees the old file or the new one, never half."""
+    """Yields a temporary path beside `path` and renames it at the end: a reader sees the old file or the new one, never
+    half of one."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -35,8 +36,8 @@ def sweep(folder):
 
 
 def free_folder(out, stem, holds, hint="choose another"):
-    """`out`, or the first of the names stem, stem-2, ... that is not taken. Refused where the file `holds` is there already,
-    and where nothing can be written. Nothing is made yet: see `begun`."""
+    """`out`, or the first of the names stem, stem-2, ... that is not taken. Refused where the file `holds` is there
+    already, and where nothing can be written. Nothing is made yet: see `begun`."""
     names = (stem if number == 1 else f"{stem}-{number}" for number in itertools.count(1))
     out = Path(out) if out else next(path for path in map(Path, names) if not path.exists())
     if (out / holds).exists():
@@ -49,8 +50,8 @@ def free_folder(out, stem, holds, hint="choose another"):
 
 @contextmanager
 def begun(folder, holds):
-    """The folder is there. Where the work inside fails before the file `holds` is in it, what it wrote there is taken away
-    again: a start that failed leaves nothing."""
+    """The folder is there. Where the work inside fails before the file `holds` is in it, what it wrote there is taken
+    away again: a start that failed leaves nothing."""
     folder = Path(folder)
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,14 +78,17 @@ def save_torch(path, content):
 
 
 def load_torch(path):
-    """Tensors and plain containers only. A pickle can run any command when it is opened, so nothing else is accepted."""
+    """Tensors and plain containers only. A pickle can run any command when it is opened, so nothing else is
+    accepted."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: refused, it is damaged or holds more than tensors and plain values ({type(error).__name__})") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError,
+            zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: refused, it is damaged or holds more than tensors and plain values "
+                        f"({type(error).__name__})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a state dict")
     return content
@@ -109,7 +113,8 @@ def read_run(folder):
                    **{name: config["data"][name] for name in ("size", "channels")},
                    encoder=config["encoder"]["name"], stem=config["encoder"]["stem"])
     except (KeyError, TypeError):
-        raise UserError(f"{Path(folder) / 'config.json'}: damaged; leave it away and the weights are taken as bare ones") from None
+        path = Path(folder) / "config.json"
+        raise UserError(f"{path}: damaged; leave it away and the weights are taken as bare ones") from None
 
 
 def read_config(folder):
@@ -120,7 +125,8 @@ def read_config(folder):
 
 
 class Log:
-    """log.jsonl, one line per logging step, cut back to the checkpoint when a run is resumed; path None writes nothing."""
+    """log.jsonl, one line per logging step, cut back to the checkpoint when a run is resumed; path None writes
+    nothing."""
 
     def __init__(self, path, start):
         self.path, self.step, self.time = path, start, time.perf_counter()
