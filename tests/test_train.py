@@ -283,8 +283,14 @@ def test_recipes_become_settings():
     assert ours.method == "medmoco" and ours.data == "phantoms" and ours.encoder == "tiny"
 
 
-def test_the_small_preset_looks_at_the_set():
+def says_nothing(name, monkeypatch):
+    monkeypatch.setattr(sys.modules[METHODS[name].__module__], "SMALL", {}, raising=False)
+
+
+def test_the_small_preset_looks_at_the_set(monkeypatch):
     """Each line is a rule of presets.py."""
+    says_nothing("moco", monkeypatch)
+    says_nothing("medmoco", monkeypatch)
     def small(images, side=64, channels=1, *words):
         args = train.parse(["--data", "x", "--method", "moco", *words])
         return settings.settle(args, METHODS, args.method.split("+"), presets.Found(images, side, channels))[0]
