@@ -86,7 +86,7 @@ def split(tmp_path_factory):
     return path
 
 
-def test_resume_needs_nothing_but_the_folder(split):
+def test_resume_needs_nothing_but_the_folder(split, monkeypatch):
     """Weights, log and pictures of a run that was killed and gone on with are those of the uninterrupted run."""
     words = ["--method", "byol", "--data", str(split), *FAST]
     train.main([*words, "--out", "whole"])
@@ -97,7 +97,10 @@ def test_resume_needs_nothing_but_the_folder(split):
     shutil.copy("whole/encoder.pt", "again/encoder.pt")                     # of a later step than the checkpoint
     with Path("again/log.jsonl").open("a") as log:
         log.write('{"step": 3, "loss": 99.0, "lr": 0.0, "images_per_s": 1.0}\n{"step": 4, "lo')
+    drawn, draw = [], Monitor.draw_curves
+    monkeypatch.setattr(Monitor, "draw_curves", lambda monitor, history: drawn.append(history) or draw(monitor, history))
     train.main(["--resume", "--out", "again"])
+    assert drawn[-1] == files.read_log(Path("again/log.jsonl"))             # to the last digit
     resumed = torch.load("again/checkpoint.pt", weights_only=True)
     assert resumed["step"] == 3 and all(torch.equal(v, state["method"][k]) for k, v in resumed["method"].items())
     first, second = (files.read_log(Path(name) / "log.jsonl") for name in ("whole", "again"))
@@ -362,6 +365,8 @@ class Mine(nn.Module):
             raise ValueError("images of this size do not divide; choose another --size")
         if self.wrong == 3:
             first, second = (1, 2, 3)
+        if self.wrong == 5:
+            nn.functional.cross_entropy(images.flatten(1), torch.zeros(3, dtype=torch.long))
         return (images,)
 
     def forward(self, x):
@@ -390,7 +395,7 @@ def test_only_what_the_user_was_told_becomes_a_line(mine, folder, monkeypatch, c
     words = ["--method", "mine", "--data", str(folder), *FAST]
     assert "mine (--set): wrong is 1" in fails(capsys, *words, "--set", "wrong=1")
     assert "choose another --size" in fails(capsys, *words, "--set", "wrong=2")
-    for wrong, message in ((3, "too many values"), (4, "batch_size")):      # mistakes in the code
+    for wrong, message in ((3, "too many values"), (4, "batch_size"), (5, "batch_size")):      # mistakes in the code
         with pytest.raises(ValueError, match=message):
             cli.run(lambda wrong=wrong: train.main([*words, "--set", f"wrong={wrong}"]))
     assert not Path("runs").exists()
