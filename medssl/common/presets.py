@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .data import find
 from .data.dataset import LEARNT_FROM
-from .data.sources import find
 from .errors import UserError
 
 SMALL = {"encoder": "tiny", "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.01, "batch": 64, "warmup": 2}
