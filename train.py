@@ -213,15 +213,20 @@ def parse(argv):
     add("--cache", type=cli.filled, metavar="DIR", help="where decoded images are kept")
     args = parser.parse_args(argv)
     if args.resume:
-        given = [name for name, value in vars(args).items()
-                 if value != parser.get_default(name) and name not in ("resume", "out", "device")]
-        if {"steps", "epochs"} & set(given):
-            parser.error("--resume goes on to the length that was set at the start; to train longer, start a new run "
-                         f"from this one: --init {args.out}")
-        if given or not args.out:
-            leave = f"; leave out --{given[0].replace('_', '-')}" if given else ""
-            parser.error(f"--resume needs --out and takes the rest from its config.json{leave}")
+        check_resume(parser, args)
     return args
+
+
+def check_resume(parser, args):
+    """A run is gone on with as it was begun, perhaps on another device."""
+    given = [name for name, value in vars(args).items()
+             if value != parser.get_default(name) and name not in ("resume", "out", "device")]
+    if {"steps", "epochs"} & set(given):
+        parser.error("--resume goes on to the length that was set at the start; to train longer, start a new run "
+                     f"from this one: --init {args.out}")
+    if given or not args.out:
+        leave = f"; leave out --{given[0].replace('_', '-')}" if given else ""
+        parser.error(f"--resume needs --out and takes the rest from its config.json{leave}")
 
 
 def report(monitor, config, done, seconds):

@@ -132,6 +132,7 @@ class Log:
         self.path, self.step, self.time = path, start, time.perf_counter()
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            sweep(self.path.parent)
             kept = [record for record in read_log(self.path) if record["step"] <= start]
             with whole(self.path) as temporary:
                 temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))

@@ -151,11 +151,14 @@ def processes(device):
     kind, _, number = device.partition(":")
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {device}: this torch sees no GPU")
-    if kind == "cuda" and number and int(number) >= torch.cuda.device_count():
+    if kind == "cuda" and number.isdecimal() and int(number) >= torch.cuda.device_count():
         raise UserError(f"--device {device}: the last GPU is cuda:{torch.cuda.device_count() - 1}")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise UserError(f"--device {device}: this torch cannot use Apple's GPU")
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device)
+    try:
+        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device)
+    except RuntimeError:
+        raise UserError(f"--device {device}: there is no such device; cpu, cuda, cuda:1, ..., mps") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
@@ -208,6 +211,5 @@ def restore(config, method, optimizer, scaler, rank):
     except (RuntimeError, ValueError, KeyError):
         raise UserError(f"{path}: belongs to another method, encoder or optimiser than this run's") from None
     if rank == 0:
-        files.sweep(path.parent)
         encoders.save(getattr(method, "exported", method.encoder), path.with_name("encoder.pt"))
     return state["step"]
