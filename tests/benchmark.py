@@ -19,9 +19,8 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import train                                                                # noqa: E402
 from medssl import METHODS                                                  # noqa: E402
-from medssl.common import encoders, feed, loop                              # noqa: E402
+from medssl.common import encoders, feed, loop, settings                    # noqa: E402
 
 
 def main():
@@ -44,8 +43,8 @@ def main():
 def build(args):
     torch.manual_seed(0)
     encoder = encoders.build(args.encoder, args.channels)
-    plan = {"settings": {"queue_size": 4096}}
-    return train.build([args.method], encoder, args.size, args.channels, plan, SimpleNamespace(set=[], views=None))
+    parts = settings.parts_of(METHODS, [args.method], words={"queue_size": 4096})
+    return settings.build(METHODS, parts, encoder, args.channels, args.size)
 
 
 def pictures(count, args):

@@ -9,14 +9,13 @@ SimSiam's may fall because everything collapses) it is how well the second view 
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import train                                                                # noqa: E402
-from medssl.common import encoders, feed, loop, metrics                      # noqa: E402
+from medssl import METHODS                                                  # noqa: E402
+from medssl.common import encoders, feed, loop, metrics, settings            # noqa: E402
 from medssl.common.data import phantoms                                     # noqa: E402
 
 SIZE, BATCH = 64, 32
@@ -49,7 +48,7 @@ def trained(name, steps, words, dataset, size=SIZE, encoder=None, lr=None):
     torch.manual_seed(0)
     if encoder is None:                                                     # stride 32 leaves SparK four cells at 64 pixels, 16 sixteen
         encoder = encoders.build("tiny", 1, "nopool" if name == "spark" else "default", dataset.mean, dataset.std)
-    method = train.build(name.split("+"), encoder, size, 1, {"settings": {}}, SimpleNamespace(set=words, views=None))
+    method = settings.build(METHODS, settings.parts_of(METHODS, name.split("+"), words), encoder, 1, size)
     config = loop.Config(steps=steps, batch=BATCH, lr=lr or RATES.get(name, 3e-3), optimizer="adamw", weight_decay=0.01,
                          warmup=10, device="cpu", log_every=10)
     records = [r for r in loop.fit(method, dataset, config, dataset.rows("train")) if isinstance(r["loss"], float)]

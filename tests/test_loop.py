@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import tempfile
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,8 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 import train
-
-from medssl.common import augment, feed, loop, optim
+from medssl.common import augment, feed, files, loop, optim
 from medssl.rotation import Rotation
 from tests.common import batch, tiny_encoder
 from tests.test_contract import NAMES, make, no_autocast  # noqa: F401
@@ -101,6 +101,23 @@ def test_a_killed_run_is_resumed_exactly(name, killed):
     run(resumed, config(killed / name, steps=6, resume=True))
     assert equal(straight, resumed)
     assert [json.loads(line)["step"] for line in (killed / name / "log.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
+
+
+def test_resumes_in_a_row_are_exact(tmp_path):
+    """Left twice within one pass of six steps, then exactly at its end, each time before the next checkpoint was written."""
+    settings = dict(steps=9, batch=4, save_every=1)
+    straight = make("moco")
+    losses = [record["loss"] for record in run(straight, config(None, **settings))]
+    found = {}
+    for left_at in (3, 5, 7, None):
+        method = make("moco")
+        for record in loop.fit(method, pictures(), config(tmp_path, resume=left_at != 3, **settings)):
+            found[record["step"]] = record["loss"]
+            if record["step"] == left_at:
+                break
+        if left_at:
+            assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == left_at - 1
+    assert equal(straight, method) and [found[step] for step in range(1, 10)] == losses
 
 
 class Plain(nn.Module):
@@ -246,11 +263,25 @@ def test_images_become_floats_between_zero_and_one(dtype, tmp_path):
     dataset = pictures(6, 2, dtype=dtype)
     np.save(tmp_path / "x.npy", dataset.images)
     for source in (dataset.images, np.load(tmp_path / "x.npy", mmap_mode="r")):
-        with feed.Images(source, torch.device("cpu")) as images:
-            images.ask(np.array([4, 1, 1]))
-            taken = images.take()
+        (index, taken), (_, last) = feed.batches(source, [np.array([4, 1, 1]), np.array([0])], torch.device("cpu"))
         assert taken.dtype == torch.float32
-        assert np.allclose(taken.numpy(), dataset.images[[4, 1, 1]] / np.iinfo(dtype).max)
+        assert np.allclose(taken.numpy(), dataset.images[[4, 1, 1]] / np.iinfo(dtype).max) and index.tolist() == [4, 1, 1]
+        assert np.allclose(last.numpy(), dataset.images[[0]] / np.iinfo(dtype).max)
+
+
+def test_reading_ahead_ends_with_the_caller():
+    """One part is read while the one before is worked with, never more; and no thread is left behind."""
+    asked, threads = [], threading.active_count()
+
+    def parts():
+        for number in range(5):
+            asked.append(number)
+            yield np.array([number])
+    reading = feed.batches(pictures().images, parts(), torch.device("cpu"))
+    assert next(reading)[0].tolist() == [0] and asked == [0, 1]
+    assert next(reading)[0].tolist() == [1] and asked == [0, 1, 2]
+    reading.close()
+    assert asked == [0, 1, 2] and threading.active_count() == threads
 
 
 def test_targets_reach_the_views():
@@ -321,6 +352,23 @@ def test_half_precision_with_scaler_trains_and_resumes(tmp_path):
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert state["scaler"]["scale"] > 0 and state["step"] == 3
     assert method.encoder.conv.weight.dtype == torch.float32
+
+
+def test_numbers_come_back_in_a_type_that_the_device_has(monkeypatch):
+    """Apple's GPU has no float64."""
+    asked = []
+    monkeypatch.setattr(torch, "as_tensor", lambda value, dtype, device: asked.append(dtype) or torch.tensor(float(value)))
+    assert loop.to_floats({"step": 3, "loss": 0.5}, 1, torch.device("mps")) == {"step": 3, "loss": 0.5}
+    loop.to_floats({"step": 3}, 1, torch.device("cpu"))
+    assert asked == [torch.float32, torch.float32, torch.float64]
+
+
+def test_an_encoder_that_is_kept_is_there_before_its_checkpoint(tmp_path, monkeypatch):
+    """Killed between the two, the resumed run would not come by that step again."""
+    written, whole = [], files.whole
+    monkeypatch.setattr(files, "whole", lambda path: written.append(Path(path).name) or whole(path))
+    run(Reconstruct(Plain()), config(tmp_path, save_every=1, keep_every=1))
+    assert written.index("encoder-1.pt") < written.index("checkpoint.pt")
 
 
 def test_misuse_is_told_in_one_line(tmp_path):

@@ -1,12 +1,16 @@
-"""What the two scripts share at the command line: errors in one line with exit status 2, names suggested, values read, Ctrl-C."""
+"""What the scripts share at the command line: errors in one line with status 2, names suggested, values read,
+Ctrl-C."""
 
 import argparse
 import ast
 import difflib
 import math
+import re
 import signal
 import sys
 import threading
+import traceback
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -18,7 +22,10 @@ class Parser(argparse.ArgumentParser):
     """argparse with an error of one line instead of the whole usage."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
+        unknown = [word.partition("=")[0] for word in message.partition("unrecognized arguments: ")[2].split()]
+        near = [name for word in unknown for name in difflib.get_close_matches(word, self._option_string_actions, 1)]
+        hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
+        self.exit(2, f"{self.prog}: {message} ({hint})\n")
 
 
 def positive(text):
@@ -26,6 +33,27 @@ def positive(text):
     if int(text) < 1:
         raise ValueError
     return int(text)
+
+
+def whole(text):
+    """For argparse: a whole number from 0 up, at most what a generator takes as its seed."""
+    if not (text.isdecimal() and int(text) < 2**63):
+        raise argparse.ArgumentTypeError(f"{text} is no whole number from 0 to 2^63 - 1")
+    return int(text)
+
+
+def filled(text):
+    """For argparse: any word but the empty one."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty word says nothing")
+    return text
+
+
+def device(text):
+    """For argparse: where this program runs."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text} is none of auto, cpu, cuda, cuda:1, ..., mps")
+    return text
 
 
 def positive_number(text):
@@ -65,32 +93,54 @@ def one_of(name, names, what):
     raise UserError(f"unknown {what} '{name}'; {hint}")
 
 
-def read_settings(pairs):
+def read_settings(pairs, flag="--set"):
     """--set name=value ... as a dict; values are Python numbers, True, False, None, or else words."""
     settings = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not name:
-            raise UserError(f"--set {pair}: write name=value")
+            raise UserError(f"{flag} {pair}: write name=value")
         try:
             settings[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             settings[name] = value
+        if isinstance(settings[name], float) and not math.isfinite(settings[name]):
+            raise UserError(f"{flag} {pair}: not a finite number")
     return settings
 
 
-def check_settings(settings, signature, reserved, what):
+KINDS = {bool: bool, int: int, float: (int, float), str: str}  # kind of a default -> what may replace it
+
+
+def check_settings(settings, signature, reserved, what, flag="--set"):
     """Every name must be a word of the constructor, every value of the kind of its default."""
     words = {k: p.default for k, p in signature.parameters.items() if k not in reserved}
     for name, value in settings.items():
         default = words[one_of(name, words, f"setting of {what}")]
-        number = isinstance(default, (int, float)) and not isinstance(default, bool)
-        fits = (isinstance(value, bool) if isinstance(default, bool)
-                else isinstance(value, int) and not isinstance(value, bool) if isinstance(default, int)
-                else isinstance(value, (int, float)) and not isinstance(value, bool) if number
-                else True)
-        if not fits:
-            raise UserError(f"--set {name}={value}: {what} takes {type(default).__name__} values there, for example {default}")
+        if type(default) in KINDS and not is_kind(value, KINDS[type(default)]):
+            kind = type(default).__name__
+            raise UserError(f"{flag} {name}={value}: {what} takes {kind} values there, for example {default}")
+
+
+def is_kind(value, kind):
+    """isinstance, but True and False are no numbers."""
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+@contextmanager
+def told(what, *files):
+    """A ValueError that one of these files raises itself, about what it was given, becomes the user's line, which
+    begins with `what`. One that only passes through them, raised by torch, say, is a mistake in the code and keeps its
+    traceback."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        if frame.filename in files and frame.line.startswith("raise"):
+            raise UserError(f"{what}: {error}") from None
+        raise
 
 
 class StopSignal:

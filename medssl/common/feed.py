@@ -5,6 +5,7 @@ Order and randomness are functions of (seed, step, part) alone: any step can be 
 
 import functools
 import inspect
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -12,7 +13,8 @@ import torch
 
 
 def make_views(method, pictures, dataset, rows):
-    """method.views with the targets that its signature asks for: labels, masks or groups of these rows, None where the set has none."""
+    """method.views with the targets that its signature asks for: labels, masks or groups of these rows, None where the
+    set has none."""
     targets = {}
     for name in list(inspect.signature(method.views).parameters)[1:]:
         whole = getattr(dataset, name)
@@ -31,8 +33,8 @@ def mix(*numbers):
 
 
 def batch_order(count, batch, step, seed, weights=None):
-    """The global batch of a step: row numbers from shuffled passes over the set. A tail smaller than a batch is left out of its pass;
-    a batch larger than the set runs through several passes."""
+    """The global batch of a step: row numbers from shuffled passes over the set. A tail smaller than a batch is left
+    out of its pass; a batch larger than the set runs through several passes."""
     if batch > count:
         first, length = divmod(step * batch, count)
         passes = [shuffled(count, seed, first + i, weights) for i in range((length + batch - 1) // count + 1)]
@@ -51,7 +53,8 @@ def _shuffled(count, seed, epoch, weights):
     generator = torch.Generator().manual_seed(mix(seed, epoch, -1))
     if weights is None:
         return torch.randperm(count, generator=generator).numpy()
-    return torch.multinomial(torch.frombuffer(bytearray(weights), dtype=torch.float64), count, True, generator=generator).numpy()
+    weights = torch.frombuffer(bytearray(weights), dtype=torch.float64)
+    return torch.multinomial(weights, count, True, generator=generator).numpy()
 
 
 def batch(images, rows, device):
@@ -63,35 +66,39 @@ def to_float(pictures, dtype):
     return pictures.float() / np.iinfo(dtype).max
 
 
-class Images:
-    """The data set's images by rows: on the GPU where they fill at most a quarter of its free memory, else read ahead by one thread."""
+def batches(images, parts, device):
+    """For each array of row numbers in `parts`: the row numbers and their pictures, float32 in [0, 1] on the device.
 
-    def __init__(self, images, device):
-        self.source, self.device, self.dtype = images, device, images.dtype
-        self.resident = device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 4
-        if self.resident:
-            self.source = torch.from_numpy(np.ascontiguousarray(images)).view(torch.int16 if self.dtype == np.uint16 else torch.uint8).to(device)
-        self.reader = ThreadPoolExecutor(1)
+    The set stays on the GPU where it fills at most a quarter of its free memory; else one thread reads the next part
+    while the caller works with this one. Close the generator, or run it to its end, and the thread ends with it."""
+    if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
+        yield from resident(images, parts, device)
+        return
+    reader, now = ThreadPoolExecutor(1), None
+    try:
+        for index in itertools.chain(parts, [None]):
+            then = None if index is None else (index, reader.submit(read, images, index, device))
+            if now:
+                yield now[0], to_float(now[1].result().to(device, non_blocking=True), images.dtype)
+            now = then
+    finally:
+        reader.shutdown(cancel_futures=True)
 
-    def __enter__(self):
-        return self
 
-    def __exit__(self, *_):
-        self.reader.shutdown(cancel_futures=True)
-
-    def ask(self, rows):
-        self.coming = rows if self.resident else self.reader.submit(self.read, rows)
-
-    def read(self, rows):
-        order = np.argsort(rows)                                    # ascending reads, for the sake of disks
-        pictures = np.empty((len(rows), *self.source.shape[1:]), self.dtype)
-        pictures[order] = self.source[rows[order]]
-        return torch.from_numpy(pictures).pin_memory() if self.device.type == "cuda" else torch.from_numpy(pictures)
-
-    def take(self):
-        if not self.resident:
-            return to_float(self.coming.result().to(self.device, non_blocking=True), self.dtype)
-        pictures = self.source[torch.from_numpy(self.coming).to(self.device)]
-        if self.dtype == np.uint16:
+def resident(images, parts, device):
+    """`batches` from a copy of the whole set on the device."""
+    kind = torch.int16 if images.dtype == np.uint16 else torch.uint8
+    source = torch.from_numpy(np.ascontiguousarray(images)).view(kind).to(device)
+    for index in parts:
+        pictures = source[torch.from_numpy(index).to(device)]
+        if images.dtype == np.uint16:
             pictures = pictures.int() & 0xFFFF                      # torch indexes int16 but not uint16
-        return to_float(pictures, self.dtype)
+        yield index, to_float(pictures, images.dtype)
+
+
+def read(images, rows, device):
+    """The rows as a tensor of the set's own type, from where they travel fast."""
+    order = np.argsort(rows)                                        # ascending reads, for the sake of disks
+    pictures = np.empty((len(rows), *images.shape[1:]), images.dtype)
+    pictures[order] = images[rows[order]]
+    return torch.from_numpy(pictures).pin_memory() if device.type == "cuda" else torch.from_numpy(pictures)

@@ -1,5 +1,6 @@
 """Writing files whole or not at all, reading tensors without running anything, and a run's log."""
 
+import itertools
 import json
 import math
 import os
@@ -7,6 +8,7 @@ import pickle
 import time
 import zipfile
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,7 +18,8 @@ from .errors import UserError
 
 @contextmanager
 def whole(path):
-    """Yields a temporary path beside `path` and renames it at the end: a reader sees the old file or the new one, never half."""
+    """Yields a temporary path beside `path` and renames it at the end: a reader sees the old file or the new one, never
+    half of one."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -24,6 +27,44 @@ def whole(path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sweep(folder):
+    """Takes away what a killed process left half-written in this folder."""
+    for path in Path(folder).glob(".*.part"):
+        path.unlink(missing_ok=True)
+
+
+def free_folder(out, stem, holds, hint="choose another"):
+    """`out`, or the first of the names stem, stem-2, ... that is not taken. Refused where the file `holds` is there
+    already, and where nothing can be written. Nothing is made yet: see `begun`."""
+    names = (stem if number == 1 else f"{stem}-{number}" for number in itertools.count(1))
+    out = Path(out) if out else next(path for path in map(Path, names) if not path.exists())
+    if (out / holds).exists():
+        raise UserError(f"--out {out}: holds {holds} already; {hint}")
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise UserError(f"--out {out}: {there} is not a folder that can be written to")
+    return out
+
+
+@contextmanager
+def begun(folder, holds):
+    """The folder is there. Where the work inside fails before the file `holds` is in it, what it wrote there is taken
+    away again: a start that failed leaves nothing."""
+    folder = Path(folder)
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    before = set(folder.iterdir())
+    try:
+        yield
+    except BaseException:
+        if not (folder / holds).exists():
+            for path in set(folder.iterdir()) - before:
+                path.unlink()
+            if new:
+                folder.rmdir()
+        raise
 
 
 def write_json(path, content):
@@ -37,30 +78,64 @@ def save_torch(path, content):
 
 
 def load_torch(path):
-    """Tensors and plain containers only. A pickle can run any command when it is opened, so nothing else is accepted."""
+    """Tensors and plain containers only. A pickle can run any command when it is opened, so nothing else is
+    accepted."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: refused, it is damaged or holds more than tensors and plain values ({type(error).__name__})") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError,
+            zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: refused, it is damaged or holds more than tensors and plain values "
+                        f"({type(error).__name__})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a state dict")
     return content
 
 
+@dataclass
+class Run:
+    """What a run's folder says of itself: its images, and the network in its encoder.pt."""
+    data: str
+    label: str
+    size: int
+    channels: int
+    encoder: str
+    stem: str
+
+
+def read_run(folder):
+    """The Run of a folder made by this version or the one before it, from its config.json."""
+    config = read_config(folder)
+    try:
+        return Run(**{name: config["arguments"][name] for name in ("data", "label")},
+                   **{name: config["data"][name] for name in ("size", "channels")},
+                   encoder=config["encoder"]["name"], stem=config["encoder"]["stem"])
+    except (KeyError, TypeError):
+        path = Path(folder) / "config.json"
+        raise UserError(f"{path}: damaged; leave it away and the weights are taken as bare ones") from None
+
+
+def read_config(folder):
+    try:
+        return json.loads((Path(folder) / "config.json").read_text())
+    except (OSError, ValueError):
+        raise UserError(f"{Path(folder) / 'config.json'}: missing or damaged") from None
+
+
 class Log:
-    """log.jsonl, one line per logging step, cut back to the checkpoint when a run is resumed; path None writes nothing."""
+    """log.jsonl, one line per logging step, cut back to the checkpoint when a run is resumed; path None writes
+    nothing."""
 
     def __init__(self, path, start):
         self.path, self.step, self.time = path, start, time.perf_counter()
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            old = self.path.read_text().splitlines() if start and self.path.exists() else []
-            kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= start]
+            sweep(self.path.parent)
+            kept = [record for record in read_log(self.path) if record["step"] <= start]
             with whole(self.path) as temporary:
-                temporary.write_text("".join(line + "\n" for line in kept))
+                temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
 
     def rate(self, step, batch):
         now = time.perf_counter()
@@ -70,6 +145,16 @@ class Log:
 
     def write(self, record):
         if self.path:
-            line = {k: round(v, 6) if isinstance(v, float) and math.isfinite(v) else v for k, v in record.items()}
             with self.path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps(rounded(record)) + "\n")
+
+
+def rounded(record):
+    """As it stands in the log: six places."""
+    return {k: round(v, 6) if isinstance(v, float) and math.isfinite(v) else v for k, v in record.items()}
+
+
+def read_log(path):
+    """The records of a log.jsonl, as far as they are whole."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
