@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from medssl.common import data
-from medssl.common.data import decode, prepare, readers, sources
+from medssl.common.data import cache, copies, prepare, readers, sources
 
 SHARED = Path(__file__).parents[2] / "shared/data"
 
@@ -221,8 +221,8 @@ def test_refused_images(tmp_path):
 def test_cache_follows_the_files(tmp_path, monkeypatch):
     for n in range(3):
         save(tmp_path / f"set/{n}.png", pixels(n))
-    builds, build = [], decode.build
-    monkeypatch.setattr(decode, "build", lambda *words: builds.append(1) or build(*words))
+    builds, build = [], cache.build
+    monkeypatch.setattr(cache, "build", lambda *words: builds.append(1) or build(*words))
     first = data.load(tmp_path / "set")
     monkeypatch.chdir(tmp_path)
     data.load("set", label="label")
@@ -243,8 +243,8 @@ def test_cache_follows_the_files(tmp_path, monkeypatch):
 
 def test_one_builds_the_others_wait(tmp_path, monkeypatch):
     save(tmp_path / "set/1.png", pixels(0))
-    builds, build = [], decode.build
-    monkeypatch.setattr(decode, "build", lambda *words: (builds.append(1), time.sleep(0.3), build(*words)))
+    builds, build = [], cache.build
+    monkeypatch.setattr(cache, "build", lambda *words: (builds.append(1), time.sleep(0.3), build(*words)))
     threads = [threading.Thread(target=data.load, args=(tmp_path / "set",)) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -260,7 +260,7 @@ def test_a_lock_left_behind_is_broken(tmp_path, monkeypatch):
     os.utime(tmp_path / "set/1.png", (1, 1))
     (tmp_path / f"cache/{stem}.lock").touch()
     (tmp_path / f"cache/{stem}-123.part").mkdir()
-    monkeypatch.setattr(decode, "STALE", 0.3)
+    monkeypatch.setattr(cache, "STALE", 0.3)
     assert len(data.load(tmp_path / "set")) == 1 and len(list((tmp_path / "cache").iterdir())) == 1
 
 
@@ -348,12 +348,12 @@ def test_dedupe(tmp_path):
     hashes = np.random.default_rng(0).integers(0, 2 ** 63, 50).astype(np.uint64)
     for hash in hashes:
         distance = min(bin(int(hash) ^ int(other)).count("1") for other in hashes[:20])
-        assert prepare.is_near(hash, list(hashes[:20])) == (distance <= prepare.NEAR)
+        assert copies.is_near(hash, list(hashes[:20])) == (distance <= copies.NEAR)
     some = np.uint64(2 ** 40 + 5)
-    assert prepare.is_near(some, [some ^ np.uint64(63)]) and not prepare.is_near(some, [some ^ np.uint64(127)])
+    assert copies.is_near(some, [some ^ np.uint64(63)]) and not copies.is_near(some, [some ^ np.uint64(127)])
     image = pixels(3)
     image[:16, :16] //= 2
-    assert bin(int(prepare.difference_hash(image)) ^ int(prepare.difference_hash(image // 2 + 20))).count("1") <= 6
+    assert bin(int(copies.difference_hash(image)) ^ int(copies.difference_hash(image // 2 + 20))).count("1") <= 6
 
 
 def test_copies_in_two_splits_keep_the_test_one(tmp_path):
@@ -366,7 +366,8 @@ def test_copies_in_two_splits_keep_the_test_one(tmp_path):
     assert not (tmp_path / "ready").exists() and not list(tmp_path.glob(".ready*"))
     prepare.main([*words, "--dedupe"])
     dataset = data.load(tmp_path / "ready")
-    assert sorted(zip(dataset.splits, dataset.labels)) == [("test", 0), ("train", 1)] and dataset.classes == ("a", "b")
+    assert sorted(zip(dataset.splits, dataset.labels, strict=True)) == [("test", 0), ("train", 1)]
+    assert dataset.classes == ("a", "b")
 
 
 def test_preparing_refuses_and_skips(tmp_path, capsys, monkeypatch):
@@ -420,7 +421,8 @@ def test_shared_sets():
 def test_moments_of_16_bits_are_shares_of_the_full_scale(tmp_path):
     image = save(tmp_path / "set/1.png", pixels(0, dtype=np.uint16))
     dataset = data.load(tmp_path / "set")
-    np.testing.assert_allclose([*dataset.mean, *dataset.std], [(image / 65535).mean(), (image / 65535).std()], rtol=1e-4)
+    wanted = [(image / 65535).mean(), (image / 65535).std()]
+    np.testing.assert_allclose([*dataset.mean, *dataset.std], wanted, rtol=1e-4)
 
 
 def test_split_takes_the_moments_of_its_training_images():

@@ -7,8 +7,8 @@
 from dataclasses import replace
 
 from . import phantoms
+from .cache import load_rows
 from .dataset import Dataset, split
-from .decode import load_rows
 from .sources import find
 
 __all__ = ["Dataset", "load", "split"]

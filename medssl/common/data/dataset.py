@@ -42,8 +42,10 @@ def numbered(values):
 def refuse_leaks(source, keys, what, hint=""):
     """Error when rows of two splits share a key ("" or 0 = no key). Train and unlabeled count as one: both are learnt
     from. An .npz is a published set that can only be taken as it is: there it is a warning."""
+    if not keys or not source.splits:
+        return
     first, leaks = {}, []
-    for row, (key, split) in enumerate(zip(keys or [], source.splits or [])):
+    for row, (key, split) in enumerate(zip(keys, source.splits, strict=True)):
         other = source.splits[first.setdefault(key, row)]
         if key and other != split and not {other, split} <= set(LEARNT_FROM):
             leaks.append((first[key], row))

@@ -67,7 +67,7 @@ ANATOMY = (
 )
 HOSTS = [row for row in ANATOMY if row[0] in (LIVER, SPLEEN, KIDNEY) and row[1] > 0]                # where lesions sit
 DECK = (3, 8, 4, 2)                                                 # of 17 patients, by class
-LESIONS = (9, 15)                                                           # from, up to but not, how many a patient has
+LESIONS = (9, 15)                                                   # from, up to but not, how many a patient has
 SPLITS = np.array(("train", "test", "val", "train", "train", "val", "test", "train", "train", "train"))  # of ten
 
 
@@ -239,7 +239,8 @@ class _Scene:
         rings = ring_level * rng.standard_normal(self.size, np.float32)
         rings = rings[(np.hypot(row, col) * self.size / 2).astype(int)]             # (H, W)
         angle = np.arctan2(row - self.shift[1] - self.scale[1] / 2, col - self.shift[0])  # streaks start at the spine
-        streaks = streak_level * sum(np.sin(n * angle + phase) for n, phase in zip(spokes, phases))  # (S, H, W)
+        waves = (np.sin(number * angle + phase) for number, phase in zip(spokes, phases, strict=True))
+        streaks = streak_level * sum(waves)                         # (S, H, W)
         noise = noise_level * zoom * rng.standard_normal(hu.shape, np.float32)
         hu += (noise + rings + streaks) * np.where(hu > -500, np.float32(1.3), np.float32(0.3))     # less in air
         fx, fy = np.fft.rfftfreq(self.size), np.fft.fftfreq(self.size)[:, None]

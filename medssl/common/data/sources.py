@@ -91,6 +91,14 @@ def find(path, label="label", group_by=None, volumes=False):
     return source
 
 
+def complain(source, problems):
+    """Error that lists what is wrong with some of a source's images."""
+    if problems:
+        listed = "; ".join(problems[:10]) + ("; ..." if len(problems) > 10 else "")
+        raise UserError(f"{source.path}: {len(problems)} of {len(source.names)} images cannot be used: {listed}. "
+                        f"`python -m medssl.common.data {source.path} --to FOLDER --skip-unreadable` leaves them out")
+
+
 def is_solid(file):
     """Whether this is a volume: by its ending, or a folder of DICOM slices."""
     return file.lower().endswith(SOLID) or not file.lower().endswith(FLAT) and os.path.isdir(file)
@@ -107,7 +115,7 @@ def grouped(source, pattern):
     except re.error as error:
         raise UserError(f"--group-by {pattern}: not a regular expression ({error})") from None
     groups = [match and match.group(bool(match.re.groups)) for match in found]
-    missed = [name for name, group in zip(source.names, groups) if not group]
+    missed = [name for name, group in zip(source.names, groups, strict=True) if not group]
     if missed:
         raise UserError(f"--group-by {pattern}: does not match {len(missed)} of {len(found)} names, first {missed[0]}")
     return groups
@@ -116,7 +124,7 @@ def grouped(source, pattern):
 def from_files(path, kind, names, files, masks=None, **lists):
     """A source of image files, and of mask files ("" = none)."""
     masks = masks if masks and any(masks) else None
-    volumes = [name for name, file in zip(names, files) if is_solid(file)]
+    volumes = [name for name, file in zip(names, files, strict=True) if is_solid(file)]
     read = readers.read_volume if volumes else readers.read
 
     def open_files(folder):
@@ -188,7 +196,7 @@ def from_folder(path):
     if "images" in tops and tops & {"masks", "labels"}:
         stems = [(splits and splits[row], *part[1:-1], part[-1].removesuffix(readers.suffix(part[-1])))
                  for row, part in enumerate(parts)]
-        by_stem = {stem: name for stem, name, part in zip(stems, names, parts) if part[0] in ("masks", "labels")}
+        by_stem = {stems[row]: names[row] for row, part in enumerate(parts) if part[0] in ("masks", "labels")}
         rows = [row for row, part in enumerate(parts) if part[0] == "images"]
         masks = [by_stem.pop(stems[row], "") for row in rows]
         masks = [mask and os.path.join(path, mask) for mask in masks]
@@ -238,8 +246,8 @@ def from_npz(path):
         if "train" not in parts or any(f"{part}_labels" not in archive.files for part in parts):
             raise UserError(f"not a MedMNIST file: no train_images or no labels, but {', '.join(archive.files)}")
         columns = [archive[f"{part}_labels"] for part in parts]
-    names = [f"{part}_images[{row}]" for part, rows in zip(parts, columns) for row in range(len(rows))]
-    splits = [part for part, rows in zip(parts, columns) for _ in rows]
+    names = [f"{part}_images[{row}]" for part, rows in zip(parts, columns, strict=True) for row in range(len(rows))]
+    splits = [part for part, rows in zip(parts, columns, strict=True) for _ in rows]
     labels = np.concatenate(columns).reshape(len(names), -1)                # (N, labels per image)
     classes = list(map(str, labels[:, 0])) if labels.shape[1] == 1 else None    # of several labels none is the class
     ends = np.cumsum([len(rows) for rows in columns])
@@ -247,7 +255,7 @@ def from_npz(path):
     def open_npz(folder):                                                   # unpacked to disk: may exceed the memory
         with readers.naming(path), zipfile.ZipFile(path) as members:
             unpacked = [members.extract(f"{part}_images.npy", Path(folder) / UNPACKED) for part in parts]
-        stacks = [open_stack(file, f"{path}: {part}_images") for file, part in zip(unpacked, parts)]
+        stacks = [open_stack(file, f"{path}: {part}_images") for file, part in zip(unpacked, parts, strict=True)]
         if [len(stack) for stack in stacks] != [len(rows) for rows in columns]:
             raise UserError(f"{path}: not as many labels as images")
 
