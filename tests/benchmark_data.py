@@ -42,12 +42,12 @@ def plain_loop(files, chunk):
     """What anybody would write: threads, Pillow, one array."""
     images = np.empty((len(files), SIZE, SIZE), np.uint8)
 
-    def decode(first):
+    def open_some(first):
         for row in range(first, min(first + chunk, len(files))):
             with Image.open(files[row]) as picture:
                 images[row] = picture
     with ThreadPoolExecutor(decode.workers()) as pool:
-        list(pool.map(decode, range(0, len(files), chunk)))
+        list(pool.map(open_some, range(0, len(files), chunk)))
 
 
 def anonymous():
