@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from medssl.common import data
-from medssl.common.data import cache, copies, prepare, readers, sources
+from medssl.common.data import cache, copies, prepare, readers
+from medssl.common.data.layouts import find
 
 SHARED = Path(__file__).parents[2] / "shared/data"
 
@@ -122,11 +123,11 @@ def test_phantoms(monkeypatch):
     phantoms = pytest.importorskip("medssl.common.data.phantoms")
     made = []
 
-    def make(size):
-        made.append(size)
+    def make(size, seed):
+        made.append((size, seed))
         return data.Dataset("phantoms", np.zeros((2, 1, size, size), np.uint8))
     monkeypatch.setattr(phantoms, "make", make)
-    assert data.load("phantoms", size=48, channels=3).images.shape == (2, 3, 48, 48) and made == [48]
+    assert data.load("phantoms", size=48, channels=3).images.shape == (2, 3, 48, 48) and made == [(48, 0)]
 
 
 # ---- becoming square
@@ -403,7 +404,7 @@ def test_preparing_refuses_and_skips(tmp_path, capsys, monkeypatch):
 def test_shared_sets():
     sizes = {"rbc_chula": 8870, "cxr_pneumonia": 5190, "hc18_fetal_head": 1333, "nuclei_dsb2018": 664}
     for name, count in sizes.items():
-        source = sources.find(SHARED / name)
+        source = find(SHARED / name)
         assert len(source.names) == count and bool(source.masks) == (name[0] in "hn")
         assert source.groups and source.splits and len(source.groups) == len(source.splits) == count
     bad = SHARED / "formats/bad"

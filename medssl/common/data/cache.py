@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError
+from . import readers
 from .dataset import LEARNT_FROM, SAME_IMAGE, Dataset, numbered, pooled, refuse_leaks
 from .decode import Recipe, decode
-from .pixels import FITTING
+from .pixels import FITTING, MOST
 from .sources import PREPARED, complain
 
 STALE = 30                                                                  # seconds without a sign of life from a lock
@@ -30,20 +31,21 @@ def load_rows(source, size=None, channels=None, cache=None, fit="pad"):
         raise UserError(f"fit={fit}: choose pad, crop or squash")
     if channels not in (None, 1, 3):
         raise UserError(f"channels={channels}: an image has 1 or 3")
-    if size is not None and size < 1:
-        raise UserError(f"size={size}: images need at least one pixel")
+    if size is not None and not 1 <= size <= MOST:
+        raise UserError(f"size={size}: images have from 1 to {MOST} pixels a side")
+    for note in source.notes:
+        print(f"{source.name}: {note}")
     refuse_leaks(source, source.groups, "group {}")
     folder = Path(source.path)
     if source.kind != PREPARED or not as_asked(folder, size, channels):
         folder = cached(source, Recipe(size, channels, fit), cache)
-    images = np.load(folder / "images.npy", mmap_mode="r")                  # (N, C, H, W)
-    masks = np.load(folder / "masks.npy", mmap_mode="r") if source.masks else None              # (N, H, W)
-    with np.load(folder / "rows.npz", allow_pickle=False) as stored:
-        rows = {key: stored[key] for key in stored.files}
-
-    labels, classes = numbered(source.labels) if source.labels else (None, ())
-    if labels is None and source.masks:
-        classes = tuple(json.loads((folder / "info.json").read_text())["mask_classes"])
+    with readers.naming(folder):
+        images = np.load(folder / "images.npy", mmap_mode="r")              # (N, C, H, W)
+        masks = np.load(folder / "masks.npy", mmap_mode="r") if source.masks else None          # (N, H, W)
+        with np.load(folder / "rows.npz", allow_pickle=False) as stored:
+            rows = {key: stored[key] for key in ("hashes", "shapes", "moments")}
+        mask_classes = tuple(json.loads((folder / "info.json").read_text())["mask_classes"])
+    labels, classes = numbered(source.labels) if source.labels else (None, mask_classes)
     groups = None
     if source.groups:
         groups = numbered([group or f"\0{row}" for row, group in enumerate(source.groups)])[0]

@@ -27,6 +27,7 @@ from .sources import ARRAYS, NO_MASK, UNPACKED, complain
 
 SAMPLE = 64                                                             # images that size, channels, type are chosen by
 SAMPLED_VOLUMES = 4                                                         # every volume takes a while to read
+LARGEST = 1024                                                              # side of images of which nobody gave a size
 CHUNK = 2 ** 20                                                             # pixels that a thread decodes in one go
 HEADER = 128                                                                # bytes before the pixels in a .npy
 BLANK = 25                                                                  # up to this grey value nothing is seen
@@ -75,7 +76,7 @@ class Decoded:
     channels: int
     mask_classes: tuple
     count: Counter                                                          # what was dropped, and what was noticed
-    notes: list                                                             # on the masks
+    notes: list                                                             # on the size and the masks
 
 
 def decode(source, folder, recipe):
@@ -85,12 +86,15 @@ def decode(source, folder, recipe):
         work = Work(source, folder, recipe, pool)
         work.check_room(folder)
         kept, values = write(work, folder, pool)
+    except MemoryError:
+        raise UserError(f"{source.path}: needs more memory than there is; a smaller --size needs less") from None
     finally:
         pool.shutdown(cancel_futures=True)
         shutil.rmtree(folder / UNPACKED, ignore_errors=True)
     rows, groups, hashes, shapes, sums, masked = zip(*kept, strict=True) if kept else [()] * 6
     np.savez(folder / "rows.npz", hashes=np.array(hashes, np.uint64), shapes=np.array(shapes, np.int32), moments=sums)
     mask_classes, notes = settle_masks(source, folder / "masks.npy", masked, values) if source.masks else ((), [])
+    notes = work.notes + notes
     return Decoded(rows, groups, hashes, shapes, work.size, work.channels, mask_classes, work.count, notes)
 
 
@@ -138,7 +142,7 @@ class Work:
     """The rows of a source as finished pieces, the same for every one: size, channels and type are settled first."""
 
     def __init__(self, source, folder, recipe, pool):
-        self.source, self.recipe, self.count = source, recipe, Counter()
+        self.source, self.recipe, self.count, self.notes = source, recipe, Counter(), []
         self.read, self.read_mask = source.open(folder)
         self.size, self.channels, self.dtype = self.settled(pool)
 
@@ -151,7 +155,10 @@ class Work:
         sample = sorted(set(np.linspace(0, last, sampled).astype(int)))
         seen = [look for look in pool.map(self.look, sample) if look] or [((32, 32), np.dtype(np.uint8))]
         shapes = [shape for shape, _ in seen]
-        return (recipe.size or pixels.common_size(shapes),
+        common = pixels.common_size(shapes)
+        if common > LARGEST and not recipe.size:
+            self.notes = [f"{LARGEST} x {LARGEST} instead of {common} x {common}: ask for --size {common} to keep that"]
+        return (recipe.size or min(common, LARGEST),
                 recipe.channels or max(3 if len(shape) == 3 else 1 for shape in shapes),
                 np.dtype(np.uint8) if recipe.prepare else seen[0][1])
 
@@ -164,7 +171,7 @@ class Work:
             else:
                 image = pixels.single(image, name)
             return (image.shape, image.dtype) if image.size else None
-        except (ValueError, OSError):
+        except (UserError, OSError, MemoryError):
             return None
 
     def check_room(self, folder):
@@ -211,8 +218,10 @@ class Work:
         for row in rows:
             try:
                 done += self.layers(row, noticed) if self.recipe.prepare else [self.single(row)]
-            except (ValueError, OSError) as error:
+            except (UserError, OSError) as error:
                 problems.append(str(error))
+            except MemoryError:
+                problems.append(f"{self.source.names[row]}: needs more memory than there is")
         if done:
             stack = np.stack([piece.image for piece in done])               # (pieces, C, size, size)
             for piece, sums in zip(done, moments(stack), strict=True):      # one by one would take much longer

@@ -114,6 +114,10 @@ def draw(dataset, path):
 def report_volumes(source, path, size=192):
     """What raw volumes hold; the sheet shows the middle slice of some, each scaled by its percentiles."""
     print(f"{source.name}: {source.kind}; {len(source.names)} files with volumes: prepare them with --to FOLDER")
+    for note in [*source.notes, f"a group is {source.grouping or 'the volume'}"]:
+        print(f"  {note}")
+    if source.groups:
+        print(f"patients (groups):       {len(set(source.groups))}")
     read, read_mask = source.open(None)
     pictures, masks = [], []
     for row in sorted(set(np.linspace(0, len(source.names) - 1, 24).astype(int))):

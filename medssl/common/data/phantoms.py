@@ -18,6 +18,7 @@ them into 8 bits. Coordinates: x to the right of the picture (the patient's left
 the abdominal cavity. All lengths are relative to the body, so make(size=64) and make(size=96) draw the same patients.
 """
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -91,6 +92,18 @@ def make(count=2000, size=96, seed=0):
     seen = images[splits == "train"] / np.float32(255)
     mean, std = (float(seen.mean()),), (float(seen.std()),)
     return Dataset("phantoms", images, labels, CLASSES, masks, groups, splits, mean, std)
+
+
+def opened(size=None, channels=None, seed=0):
+    """As the other sets are opened: in its usual size and in gray unless something else is asked for."""
+    try:
+        dataset = make(size=size or 96, seed=seed)
+    except MemoryError:
+        raise UserError(f"phantoms: size={size} needs more memory than there is") from None
+    if channels == 3:
+        images = dataset.images.repeat(3, axis=1)                   # (N, 3, H, W)
+        return replace(dataset, images=images, mean=dataset.mean * 3, std=dataset.std * 3)
+    return dataset
 
 
 def _deal(patients, rng):

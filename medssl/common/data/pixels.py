@@ -11,6 +11,7 @@ from PIL import Image
 
 from ..errors import UserError
 
+MOST = 2 ** 15                                                              # pixels a side
 FITTING = {"pad": "scaled by their longer side and padded with black", "crop": "central square cut out and scaled",
            "squash": "squashed to a square"}
 

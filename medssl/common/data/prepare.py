@@ -28,9 +28,10 @@ import numpy as np
 
 from .. import cli
 from ..errors import UserError
-from . import cache, decode, load, pixels, sources
+from . import cache, decode, load, phantoms, pixels, sources, stacks
 from . import dataset as sets
 from .copies import NEAR
+from .layouts import find
 from .look import SHEET, draw, report, report_volumes
 
 
@@ -54,6 +55,10 @@ def main(arguments=None):
     flag("--split", type=float, nargs=3, metavar=("TRAIN", "VAL", "TEST"), help="deal the groups: 0.7 0.1 0.2")
     flag("--skip-unreadable", action="store_true", help="go on without the files that cannot be read")
     words = parser.parse_args(arguments)
+    if words.size is not None and not 1 <= words.size <= pixels.MOST:
+        raise UserError(f"--size {words.size}: images have from 1 to {pixels.MOST} pixels a side")
+    if words.seed < 0:
+        raise UserError(f"--seed {words.seed}: from 0 up")
     if words.to:
         prepare(words)
         return
@@ -66,17 +71,19 @@ def main(arguments=None):
 def look(words):
     """Prints what a set holds, and draws its contact sheet here."""
     if words.path == "phantoms":
-        dataset = load("phantoms", words.size, words.channels, seed=words.seed)
-        report(dataset, None, "built in", None, [])
+        check_phantoms(words)
+        dataset = phantoms.opened(words.size, words.channels, words.seed)
+        report(dataset, None, sources.BUILT_IN, None, ["a group is a patient"])
         draw(dataset, SHEET)
     else:
-        source = sources.find(words.path, words.label, words.group_by, volumes=True)
+        source = find(words.path, words.label, words.group_by, volumes=True)
         if source.volumes:
             report_volumes(source, SHEET)
         else:
             dataset, rows = cache.load_rows(source, words.size, words.channels, words.cache, words.fit)
-            uneven = (rows["shapes"] != dataset.images.shape[2]).any()
-            notes = [f"those of another shape are {pixels.FITTING[words.fit]}"] if uneven else []
+            notes = [f"a group is {source.grouping}"] if source.grouping else []
+            if (rows["shapes"] != dataset.images.shape[2]).any():
+                notes.append(f"those of another shape are {pixels.FITTING[words.fit]}")
             report(dataset, rows, source.kind, source.names, notes)
             draw(dataset, SHEET)
     print(f"contact sheet:           {SHEET}")
@@ -86,8 +93,14 @@ def look(words):
 
 def prepare(words):
     folder = Path(words.to).expanduser()
-    source = sources.find(words.path, words.label, words.group_by, volumes=True)
+    if words.path == "phantoms":
+        check_phantoms(words)
+        source = stacks.from_dataset(phantoms.opened(words.size, None, words.seed))
+    else:
+        source = find(words.path, words.label, words.group_by, volumes=True)
     check(words, source, folder)
+    for note in source.notes:
+        print(f"{source.name}: {note}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     part.mkdir()
@@ -97,9 +110,16 @@ def prepare(words):
         os.rename(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    made = sources.find(folder)
+    made = find(folder)
+    if source.grouping or source.volumes:
+        notes = [f"a group is {source.grouping or 'the volume'}", *notes]
     report(*cache.load_rows(made), f"prepared into {folder}", made.names, notes)
     print(f"contact sheet:           {folder / SHEET}")
+
+
+def check_phantoms(words):
+    if words.label != "label" or words.group_by:
+        raise UserError("--label and --group-by are for sets of files; the phantoms come with both")
 
 
 def check(words, source, folder):
@@ -111,8 +131,6 @@ def check(words, source, folder):
         raise UserError("--window and --percentiles: choose one")
     if words.percentiles and not 0 <= words.percentiles[0] < words.percentiles[1] <= 100:
         raise UserError(f"--percentiles {words.percentiles[0]:g} {words.percentiles[1]:g}: between 0 and 100")
-    if words.size is not None and words.size < 1:
-        raise UserError(f"--size {words.size}: images need at least one pixel")
     if words.split and source.splits:
         raise UserError(f"--split: {source.path} has splits already")
     if words.split:
@@ -128,7 +146,8 @@ def write(source, part, words):
     made = decode.decode(source, part, recipe)
     notes = notes_on(made.count)
     if not made.rows:
-        raise UserError(f"{source.path}: no image is left; {'; '.join(notes)}")
+        hint = "; another --window, or none, may show something" if made.count["empty"] else ""
+        raise UserError(f"{source.path}: no image is left; {'; '.join(notes)}{hint}")
     notes += made.notes
     write_table(source, part, made, words)
     info = {name: getattr(words, name) for name in ("label", "fit", "window", "percentiles", "axis", "split", "seed")}
