@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from medssl.common import data
-from medssl.common.data import cache, copies, prepare, readers
+from medssl.common.data import cache, copies, decode, prepare, readers
 from medssl.common.data.layouts import find
 
 SHARED = Path(__file__).parents[2] / "shared/data"
@@ -452,3 +452,22 @@ def test_preparing_inverts_where_small_is_bright(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "small_is_bright", lambda path: True)      # a DICOM file of kind MONOCHROME1
     prepare.main([str(tmp_path / "set"), "--to", str(tmp_path / "ready")])
     np.testing.assert_array_equal(data.load(tmp_path / "ready").images[0, 0], 255 - image)
+
+
+@pytest.mark.parametrize("words", [[], ["--to", "ready"]])
+def test_an_interrupted_decoder_leaves_nothing(tmp_path, monkeypatch, words):
+    for n in range(4):
+        save(tmp_path / f"set/{n}.png", pixels(n))
+    read, seen = readers.read, []
+
+    def stop(path):
+        seen.append(path)
+        if len(seen) > 6:                                                   # four to choose a size, two of the images
+            raise KeyboardInterrupt
+        return read(path)
+    monkeypatch.setattr(readers, "read", stop)
+    monkeypatch.setattr(decode, "CHUNK", 1)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        prepare.main([str(tmp_path / "set"), *words])
+    assert not list((tmp_path / "cache").glob("*")) and not list(tmp_path.glob("*ready*"))

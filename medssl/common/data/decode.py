@@ -29,6 +29,7 @@ SAMPLE = 64                                                             # images
 SAMPLED_VOLUMES = 4                                                         # every volume takes a while to read
 LARGEST = 1024                                                              # side of images of which nobody gave a size
 CHUNK = 2 ** 20                                                             # pixels that a thread decodes in one go
+BUFFER = 2 ** 20                                                            # bytes that are written in one go
 HEADER = 128                                                                # bytes before the pixels in a .npy
 BLANK = 25                                                                  # up to this grey value nothing is seen
 
@@ -119,7 +120,7 @@ class Growing:
     """A .npy file to which arrays of one shape are appended."""
 
     def __init__(self, path, dtype, shape):
-        self.file, self.dtype, self.shape, self.count = open(path, "wb", CHUNK), np.dtype(dtype), shape, 0
+        self.file, self.dtype, self.shape, self.count = open(path, "wb", BUFFER), np.dtype(dtype), shape, 0
         self.file.write(bytes(HEADER))                                      # filled in when their number is known
 
     def append(self, array):
