@@ -28,6 +28,7 @@ Files come from anywhere, so a header is believed only as far as the file's size
 two before it asks for memory. Nothing is unpickled. What cannot be read raises Unreadable: path and reason in one line.
 """
 import contextlib
+import io
 import math
 import os
 import stat
@@ -53,6 +54,8 @@ FOREIGN = {(".npz",): "holds several arrays: medssl.common.data.load opens it as
            (".gif",): "cannot be read: save it as PNG, magick IN.gif OUT.png (ImageMagick)",
            (".h5", ".hdf5"): "cannot be read: save its array as .npy, numpy.save('OUT', h5py.File('IN.h5')['NAME'])"}
 PIXELS = 2 ** 26                                                            # of a picture, at most
+STRIP = 2 ** 22                                                             # pixels that are converted at a time
+SMALL = 2 ** 22                                                             # bytes of a picture's file read in one go
 SMALLER = f"at most {PIXELS} (8192 x 8192) are read: shrink it or cut it into tiles first"
 
 
@@ -91,9 +94,9 @@ def refusal(kind):
     return f"{kind or 'a file without an ending'} {way or 'cannot be read; what can be: ' + ' '.join(SUFFIXES)}"
 
 
-def regular(path):
+def regular(path, state=None):
     """The size of a file. Whoever opens a pipe or a device waits for ever."""
-    state = os.stat(path)
+    state = state or os.stat(path)
     if not stat.S_ISREG(state.st_mode):
         raise ValueError("is not a file with contents, but a folder, pipe, socket or device")
     if state.st_size == 0:
@@ -104,13 +107,13 @@ def regular(path):
 def read(path):
     """The array in this file, or of the DICOM series in this folder; the table above gives shapes and types."""
     with naming(path):
-        if os.path.isdir(path):
+        state = os.stat(path)
+        if stat.S_ISDIR(state.st_mode):
             return read_series(path)
-        regular(path)
-        kind = kind_of(path)
+        size, kind = regular(path, state), kind_of(path)
         if kind not in SUFFIXES:
             raise ValueError(refusal(kind))
-        return READERS[kind](path)
+        return READERS[kind](path, size)
 
 
 def read_volume(path):
@@ -122,7 +125,7 @@ def read_mask(path, image):
     """The class indices of a mask, turned as `read_volume` turns its image: a mask's own header often says nothing, and
     one that says something else than its image's is refused. Of a palette picture, what counts are the indices."""
     with naming(path):
-        array = _image(path, indices=True) if suffix(path) in IMAGES and regular(path) else _slices_first(path)
+        array = _image(path, regular(path), indices=True) if suffix(path) in IMAGES else _slices_first(path)
         if array.ndim < 3:
             return array
         own, code = orientation(path), orientation(image)
@@ -156,10 +159,12 @@ def _turned(volume, path, code):
 
 # Pictures
 
-def _image(path, indices=False):
+def _image(path, size, indices=False):
     """`indices`: of a palette picture its indices, not its colours."""
-    size, pages = os.path.getsize(path), []
+    pages = []
     with open(path, "rb") as stream:                                        # from a path Pillow misreads a turned TIFF
+        if size <= SMALL:
+            stream = io.BytesIO(stream.read())
         start = stream.read(8)
         if start == b"\x89PNG\r\n\x1a\n":
             _check_png(stream, size)
@@ -196,17 +201,17 @@ def _check_png(stream, size):
     """Pillow does not look at the checksums of pixels, nor for the end. The reading stands behind the signature."""
     at, kind = 8, b""
     while kind != b"IEND":
-        length, kind = struct.unpack(">I4s", stream.read(8).ljust(8, b"\xff"))
-        if at + 12 + length > size:
+        head = stream.read(8)
+        length, kind = int.from_bytes(head[:4], "big"), head[4:]
+        if len(head) < 8 or at + 12 + length > size:
             raise ValueError("is a PNG that ends early")
         body = stream.read(length + 4)
         if zlib.crc32(body[:-4], zlib.crc32(kind)) != int.from_bytes(body[-4:], "big"):
             raise ValueError(f"is a damaged PNG: a checksum is wrong (part {kind.decode('latin-1')!r} at byte {at})")
         if at == 8:
             columns, rows, depth, colour = struct.unpack_from(">IIBB", body)
-            bits = depth * {2: 3, 4: 2, 6: 4}.get(colour, 1)
             _check_pixels(rows, columns)
-            volumes.believable(rows * (columns * bits // 8), size)
+            volumes.believable(rows * columns * depth * (1, 1, 3, 1, 2, 1, 4)[colour] // 8, size)
         at += 12 + length
 
 
@@ -260,7 +265,7 @@ def _pixels(image, indices):
 def _converted(image, steps):
     """The array after some changes of mode, strip by strip: of a large picture, Pillow would make whole copies."""
     columns, rows = image.size
-    high, array = max(1, 2 ** 20 // columns), None
+    high, array = max(1, STRIP // columns), None
     for top in range(0, rows, high):
         strip = image if high >= rows else image.crop((0, top, columns, min(top + high, rows)))
         for mode in steps:
@@ -275,8 +280,7 @@ def _converted(image, steps):
 
 # Arrays
 
-def _npy(path):
-    size = regular(path)
+def _npy(path, size):
     with open(path, "rb") as stream:
         shape, dtype, start = _declared(stream)
     length = start + math.prod(shape) * dtype.itemsize
@@ -350,7 +354,7 @@ def small_is_bright(path):
         return open_dicom(path, stop_before_pixels=True).get("PhotometricInterpretation") == "MONOCHROME1"
 
 
-def _dicom(path):
+def _dicom(path, size):
     return dicom.picture(dicom.opened(path), volumes.VALUES)
 
 

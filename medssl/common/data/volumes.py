@@ -5,7 +5,6 @@ readers.py decides what to open and names the file in every error.
 import gzip
 import itertools
 import math
-import os
 import struct
 import zlib
 from pathlib import Path
@@ -52,7 +51,9 @@ WANTED = ("SI", "PA", "LR")                                                 # of
 def stated(path):
     """The three letters in a file's header, or None."""
     with opened(path) as stream:
-        return (meta_header if str(path).lower().endswith((".mhd", ".mha")) else nifti_header)(stream)["orientation"]
+        if str(path).lower().endswith((".mhd", ".mha")):
+            return meta_letters(meta_header(stream))
+        return nifti_letters(nifti_header(stream))
 
 
 def letters(directions):
@@ -63,7 +64,7 @@ def letters(directions):
     units = directions / lengths                                            # (3, 3)
     if abs(np.linalg.det(units)) < 1e-3:                                    # two axes in one direction
         return None
-    best = max(itertools.permutations(range(3)), key=lambda order: sum(abs(units[i, order[i]]) for i in range(3)))
+    best = max(itertools.permutations(range(3)), key=lambda order: np.abs(units[range(3), order]).sum())
     return "".join("LPS"[to] if units[axis, to] > 0 else "RAI"[to] for axis, to in enumerate(best))
 
 
@@ -98,30 +99,31 @@ def nifti_header(stream):
         raise ValueError(f"declares impossible dimensions {found['dims']}")
     if found["type"][0] not in NIFTI_TYPES:
         raise ValueError(f"holds values of type {found['type'][0]} (colour, complex or unknown), not grey numbers")
-    return {"shape": tuple(dims[:axes]), "orientation": nifti_letters(found) if axes > 2 else None,
-            "dtype": np.dtype(order + NIFTI_TYPES[found["type"][0]]),
-            "offset": max(int(found["offset"][0]), length + 4),
-            "slope": found["slope"][0], "intercept": found["intercept"][0]}
+    return found | {"shape": tuple(dims[:axes]), "dtype": np.dtype(order + NIFTI_TYPES[found["type"][0]]),
+                    "offset": max(int(found["offset"][0]), length + 4),
+                    "slope": found["slope"][0], "intercept": found["intercept"][0]}
 
 
-def nifti_letters(found):
+def nifti_letters(head):
     """By the sform (an affine), else by the qform (a rotation as a quaternion): each where its code is above 0."""
-    qform, sform = found["codes"]
-    affine = np.reshape(found["affine"], (3, 4))[:, :3]                     # column i: axis i, to R, A and S
+    if len(head["shape"]) < 3:
+        return None
+    qform, sform = head["codes"]
+    affine = np.reshape(head["affine"], (3, 4))[:, :3]                      # column i: axis i, to R, A and S
     result = letters(affine.T * (-1, -1, 1)) if sform > 0 else None
     if result is None and qform > 0:
-        b, c, d = found["turn"]
+        b, c, d = head["turn"]
         a = math.sqrt(max(0.0, 1 - b * b - c * c - d * d))
         affine = np.array([[a * a + b * b - c * c - d * d, 2 * (b * c - a * d), 2 * (b * d + a * c)],
                            [2 * (b * c + a * d), a * a + c * c - b * b - d * d, 2 * (c * d - a * b)],
                            [2 * (b * d - a * c), 2 * (c * d + a * b), a * a + d * d - b * b - c * c]])
-        affine[:, 2] *= -1 if found["sign"][0] < 0 else 1
+        affine[:, 2] *= -1 if head["sign"][0] < 0 else 1
         result = letters(affine.T * (-1, -1, 1))
     return result
 
 
-def nifti(path):
-    size, packed = os.path.getsize(path), str(path).lower().endswith(".gz")
+def nifti(path, size):
+    packed = str(path).lower().endswith(".gz")
     with opened(path) as stream:
         head = nifti_header(stream)
         total = head["offset"] + math.prod(head["shape"]) * head["dtype"].itemsize
@@ -155,18 +157,18 @@ def meta_header(stream):
             raise ValueError("is not a MetaImage header (no line ElementDataFile = ...)")
         fields[key.strip()] = value.strip()
     shape = tuple(int(n) for n in fields.get("DimSize", "0").split())
-    code = meta_letters(fields) if len(shape) == 3 else None
     shape = (int(fields["ElementNumberOfChannels"]),) * (fields["ElementNumberOfChannels"] != "1") + shape
     if not shape or min(shape) < 1 or fields.get("ElementType") not in META_TYPES \
             or fields["BinaryData"].lower() != "true":
         raise ValueError(f"needs a positive DimSize, binary data and an ElementType of {' '.join(META_TYPES)}")
     order = ">" if "true" in (fields.get(f"{f}ByteOrderMSB", "").lower() for f in ("BinaryData", "Element")) else "<"
-    return fields | {"shape": shape[::-1], "orientation": code,             # (z, y, x[, channels])
-                     "dtype": np.dtype(order + META_TYPES[fields["ElementType"]])}
+    return fields | {"shape": shape[::-1], "dtype": np.dtype(order + META_TYPES[fields["ElementType"]])}
 
 
 def meta_letters(fields):
     """Three numbers an axis, to L, P and S; or three letters of where the axes come *from*."""
+    if len(fields["DimSize"].split()) != 3:
+        return None
     for name in ("TransformMatrix", "Orientation", "Rotation"):             # three names that mean the same
         if name in fields:
             return letters(np.array(fields[name].split(), float).reshape(3, 3))
@@ -174,7 +176,7 @@ def meta_letters(fields):
     return code if len(code) == 3 and all(len(set(code) & set(pair)) == 1 for pair in WANTED) else None
 
 
-def metaimage(path):
+def metaimage(path, size):
     with open(path, "rb") as stream:
         head = meta_header(stream)
         skip = stream.tell()
@@ -184,7 +186,7 @@ def metaimage(path):
         if Path(name).name != name or not file.is_file():                   # a pipe is no file either
             raise ValueError(f"its data file {name} " + ("is missing" if Path(name).name == name else "lies elsewhere"))
     count = math.prod(head["shape"]) * head["dtype"].itemsize
-    size = file.stat().st_size
+    size = size if file == Path(path) else file.stat().st_size
     packed = head.get("CompressedData", "").lower() == "true"
     skip = size - count if skip < 0 else skip                               # HeaderSize -1: the data end the file
     if packed:
