@@ -386,7 +386,9 @@ def test_preparing_refuses_and_skips(tmp_path, capsys, monkeypatch):
     low, high = np.percentile(pixels(0, dtype=np.uint16), (0.5, 99.5))
     expected = (pixels(0, dtype=np.uint16).clip(low, high) - low) * 255 / (high - low)
     np.testing.assert_allclose(dataset.images[0, 0], expected, atol=0.51)
-    for wrong, word in ((words, "not empty"), ([*words[:2], str(tmp_path / "new"), "--window", "3", "1"], "smaller"),
+    new = [*words[:2], str(tmp_path / "new")]
+    for wrong, word in ((words, "not empty"), ([*new, "--window", "3", "1"], "smaller"),
+                        ([*new, "--window", "0", "inf"], "finite"), ([*new, "--split", "nan", "0", "1"], "add up"),
                         ([words[0], "--dedupe"], "--to"), ([str(tmp_path / "gone")], "no such")):
         with pytest.raises(ValueError, match=word):
             prepare.main(wrong)

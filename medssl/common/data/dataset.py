@@ -91,7 +91,7 @@ def split(dataset, fractions=(0.7, 0.1, 0.2), seed=0):
 
 def check_fractions(fractions):
     fractions = np.array(fractions, dtype=float)
-    if fractions.shape != (3,) or (fractions < 0).any() or abs(fractions.sum() - 1) > 1e-6:
+    if fractions.shape != (3,) or (fractions < 0).any() or not abs(fractions.sum() - 1) <= 1e-6:     # a nan, too
         raise UserError(f"split {' '.join(map(str, fractions))}: give shares of train, val and test that add up to 1")
     return fractions
 

@@ -223,9 +223,10 @@ class Work:
                 problems.append(str(error))
             except MemoryError:
                 problems.append(f"{self.source.names[row]}: needs more memory than there is")
-        if done:
-            stack = np.stack([piece.image for piece in done])               # (pieces, C, size, size)
-            for piece, sums in zip(done, moments(stack), strict=True):      # one by one would take much longer
+        step = max(1, CHUNK // (self.size ** 2 * self.channels))            # one by one would take longer
+        for some in (done[start:start + step] for start in range(0, len(done), step)):
+            stack = np.stack([piece.image for piece in some])               # (pieces, C, size, size)
+            for piece, sums in zip(some, moments(stack), strict=True):
                 piece.moments = sums
         return done, problems, noticed
 

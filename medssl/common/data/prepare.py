@@ -125,8 +125,8 @@ def check_phantoms(words):
 def check(words, source, folder):
     for name in ("window", "percentiles"):
         pair = getattr(words, name)
-        if pair and not pair[0] < pair[1]:
-            raise UserError(f"--{name} {pair[0]:g} {pair[1]:g}: the first must be the smaller")
+        if pair and not -np.inf < pair[0] < pair[1] < np.inf:
+            raise UserError(f"--{name} {pair[0]:g} {pair[1]:g}: the first must be the smaller, and both finite")
     if words.window and words.percentiles:
         raise UserError("--window and --percentiles: choose one")
     if words.percentiles and not 0 <= words.percentiles[0] < words.percentiles[1] <= 100:

@@ -122,7 +122,7 @@ def from_csv(path, label):
         labels = chosen if paths and not any(paths) and values == chosen else labels
     inside = os.path.dirname(path)
     files = [os.path.join(inside, name) for name in names]
-    groups, grouping = column("group"), "the column group"
+    groups, grouping = column("group"), "what the column `group` says"
     if not groups or not any(groups):
         groups, grouping = patients(files)
     return from_files(inside if path.name == "split.csv" else path, "split.csv", names, files,
