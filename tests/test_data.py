@@ -187,6 +187,8 @@ def test_refused_tables(tmp_path):
     refused(["line 2"], tmp_path)
     table(tmp_path, "name;label\n0.png;a\n")
     refused(["no column `file`", "comma"], tmp_path)
+    table(tmp_path, "file,label\n0\0.png,a\n")
+    refused(["split.csv", "zero byte"], tmp_path)
 
 
 def test_refused_images(tmp_path):

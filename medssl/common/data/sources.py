@@ -14,6 +14,7 @@ slices of one series is one volume; any other DICOM file is a picture. Their gro
 tells apart; it names a person, so only a number is kept of it.
 """
 import csv
+import io
 import os
 import re
 from collections.abc import Callable
@@ -92,8 +93,11 @@ def from_files(path, kind, names, files, masks=None, **lists):
 def from_csv(path, label):
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, restval="")
-            rows, columns = list(reader), reader.fieldnames or []
+            text = file.read()
+        if "\0" in text:                                                    # no path may hold it
+            raise csv.Error("it holds a zero byte")
+        reader = csv.DictReader(io.StringIO(text, newline=""), restval="")
+        rows, columns = list(reader), reader.fieldnames or []
     except (csv.Error, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a table in UTF-8 with commas ({error})") from None
     if "file" not in columns:
