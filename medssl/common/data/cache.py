@@ -22,6 +22,7 @@ from .decode import Recipe, decode
 from .pixels import FITTING, MOST
 from .sources import PREPARED, complain
 
+VERSION = "2"                                                               # counts up when files are decoded otherwise
 STALE = 30                                                                  # seconds without a sign of life from a lock
 
 
@@ -68,7 +69,7 @@ def cached(source, recipe, cache):
     root = Path(cache or os.environ.get("MEDSSL_CACHE") or "~/.cache/medssl").expanduser()
     root.mkdir(parents=True, exist_ok=True)
     asked = (recipe.size, recipe.channels, recipe.fit, bool(source.masks))
-    stem = f"{source.name}-{digest(['1', os.path.abspath(source.path), *map(str, asked)])}"
+    stem = f"{source.name}-{digest([VERSION, os.path.abspath(source.path), *map(str, asked)])}"
     folder = root / f"{stem}-{digest(stamps(source))}"
     if folder.is_dir():
         return folder

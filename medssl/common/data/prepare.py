@@ -11,9 +11,9 @@ info.json (how it was made) and contact_sheet.png. It appears whole or not at al
 Grey values     --window LO HI maps LO..HI to 0..255 (Hounsfield units for CT). Without it, what is not 8 bits wide is
                 scaled from its 0.5th to its 99.5th percentile (--percentiles), over the whole volume, so that its
                 slices stay comparable. DICOM files whose small values are bright (MONOCHROME1) are inverted.
-Slices          along --axis of (z, rows, columns); of a fourth dimension the first entry is taken. The volume is the
-                group unless one is given. A slice without content is dropped: fewer than 1 % of its pixels above a
-                tenth of full scale, and nothing in its mask.
+Slices          along --axis of (z, rows, columns); of a fourth dimension the first entry is taken. A slice without
+                content is dropped: fewer than 1 % of its pixels above a tenth of full scale, and nothing in its mask.
+Groups          what --group-by finds or a table gives, else DICOM's patient, else the volume.
 --dedupe        drops images whose pixels another one has already (kept: test, then val, then train), and within a
                 group each image whose 64-bit difference hash is within 6 bits of one kept before. Without groups only
                 exact copies are dropped: two patients may look alike.
