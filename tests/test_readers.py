@@ -512,7 +512,7 @@ def test_broken_files_are_refused(tmp_path, monkeypatch):
 
 
 def test_pictures_with_a_wrong_end_are_refused(tmp_path):
-    """Pillow takes all of these, with other pixels than were saved."""
+    """Pillow takes many of these, with other pixels than were saved."""
     picture = np.cumsum(np.random.default_rng(0).integers(-3, 4, (300, 300)), 1).astype(np.uint8)
     for name, most in ("a.png", 0.999), ("a.jpg", 0.99):
         Image.fromarray(picture).save(tmp_path / name)
