@@ -430,6 +430,9 @@ def test_dicom_without_an_ending(tmp_path):
     index = write(tmp_path / "DICOMDIR", bytes(128) + b"DICM\2\0\2\0UI\x14\x001.2.840.10008.1.3.10" + bytes(99))
     (tmp_path / "folder").mkdir()
     write(tmp_path / "text", b"DICM" * 31)
+    (tmp_path / "series").mkdir()
+    dicom(tmp_path / "series/1", GREY16, PhotometricInterpretation="MONOCHROME1")
+    assert readers.small_is_bright(tmp_path / "series")
     for other in index, tmp_path / "text", write(tmp_path / "none", b""), tmp_path / "folder", "gone":
         assert not readers.is_dicom(other)
     refused(index, "cannot be read")
@@ -509,7 +512,7 @@ def test_broken_files_are_refused(tmp_path, monkeypatch):
 
 
 def test_pictures_with_a_wrong_end_are_refused(tmp_path):
-    """Pillow takes all of these, with other pixels than were saved."""
+    """Pillow takes many of these, with other pixels than were saved."""
     picture = np.cumsum(np.random.default_rng(0).integers(-3, 4, (300, 300)), 1).astype(np.uint8)
     for name, most in ("a.png", 0.999), ("a.jpg", 0.99):
         Image.fromarray(picture).save(tmp_path / name)
@@ -523,7 +526,12 @@ def test_pictures_with_a_wrong_end_are_refused(tmp_path):
     refused(write(tmp_path / "bit.png", data), "checksum")
     Image.fromarray(picture).save(tmp_path / "b.png")
     holds(write(tmp_path / "more.png", (tmp_path / "b.png").read_bytes() + bytes(99)), picture)     # that does no harm
-    more = (tmp_path / "a.jpg").read_bytes() + bytes(99)
+    exif = Image.Exif()                                                     # a thumbnail, with an end of its own
+    exif[0x9286] = (tmp_path / "a.jpg").read_bytes()[:2000] + b"\xff\xd9"
+    Image.fromarray(picture).save(tmp_path / "b.jpg", exif=exif)
+    data = (tmp_path / "b.jpg").read_bytes()
+    refused(write(tmp_path / "thumb.jpg", data[:-512] + bytes(512)), "without an end")
+    more = data + bytes(99) + b"\xff\xda"                                  # as phones append films
     assert readers.read(write(tmp_path / "more.jpg", more)).shape == picture.shape
 
 
@@ -550,7 +558,7 @@ def test_a_large_picture_is_never_copied_whole(tmp_path, monkeypatch):
     array = readers.read(tmp_path / "a.png")
     memory = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert np.array_equal(array, picture[..., :3]) and memory < 2 * array.nbytes
+    assert np.array_equal(array, picture[..., :3]) and memory < 1.5 * array.nbytes
 
 
 def test_lying_volumes_are_refused(tmp_path):
@@ -573,8 +581,9 @@ def test_lying_volumes_are_refused(tmp_path):
     refused(write(tmp_path / "e.mha", b"\n" * 99), "not a MetaImage")
     refused(write(tmp_path / "f.mha", meta(CompressedData="True") + zlib.compress(raw)[:-4]), "checksum")
     shape = 2000, 2000, 300                                                 # true, but 10 GB as numbers
-    packed = gzip.compress(nifti(np.zeros((1, 1, 1), np.uint8), dims=shape), 1) + bytes(1_200_000)
+    packed = gzip.compress(nifti(np.zeros((999_999, 1, 1), np.uint8), dims=shape), 1) + bytes([1]) * 1_200_000
     refused(write(tmp_path / "e.nii.gz", packed), "at most")
+    refused(write(tmp_path / "f.nii.gz", gzip.compress(nifti()) + bytes(4_000_000)), "zeros")
     write(tmp_path / "outside.raw", raw)
     (tmp_path / "in").mkdir()
     for place in ("../outside.raw", tmp_path / "outside.raw"):

@@ -217,9 +217,14 @@ def _check_png(stream, size):
 
 def _check_jpeg(data):
     """Of a JPEG only its last mark shows that it is whole; Pillow reads zeros in its place as pixels."""
-    if data.rfind(b"\xff\xd9") <= data.rfind(b"\xff\xda"):                  # end of the image, start of a scan
+    at = data.find(b"\xff", 2)
+    while at >= 0 and data[at + 1:at + 2] != b"\xda":                       # to the first scan; thumbnails lie before
+        known = data[at + 1:at + 2] not in (b"\xff", b"\0")                 # a part, whose length follows
+        at = data.find(b"\xff", at + (2 + int.from_bytes(data[at + 2:at + 4], "big") if known else 1))
+    end = data.find(b"\xff\xd9", at)
+    if at < 0 or end < 0:
         raise ValueError("is a JPEG without an end: cut off or overwritten")
-    if data.count(b"\xff\xda") > 100:                                       # each takes as long as a whole picture
+    if data.count(b"\xff\xda", at, end) > 100:                              # each takes as long as a whole picture
         raise ValueError("is a JPEG of more than 100 scans")
 
 
@@ -349,6 +354,8 @@ def dicom_head(path):
 def small_is_bright(path):
     """True for DICOM files of kind MONOCHROME1 (many X-rays): to look like the others, they must be inverted."""
     with naming(path):
+        if os.path.isdir(path):
+            return small_is_bright(_slices(path)[0])
         if kind_of(path) not in DICOM:
             return False
         return open_dicom(path, stop_before_pixels=True).get("PhotometricInterpretation") == "MONOCHROME1"
@@ -358,11 +365,16 @@ def _dicom(path, size):
     return dicom.picture(dicom.opened(path), volumes.VALUES)
 
 
-def _series(folder):
-    """Its DICOM files as they lie in space, and where the axes of the volume point: see dicom.in_order."""
+def _slices(folder):
     paths = sorted(path for path in Path(folder).iterdir() if kind_of(path) in DICOM)
     if not paths:
         raise ValueError("no DICOM files in this folder")
+    return paths
+
+
+def _series(folder):
+    """Its DICOM files as they lie in space, and where the axes of the volume point: see dicom.in_order."""
+    paths = _slices(folder)
     return dicom.in_order(paths, [open_dicom(path, stop_before_pixels=True) for path in paths])
 
 

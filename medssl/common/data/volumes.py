@@ -5,6 +5,7 @@ readers.py decides what to open and names the file in every error.
 import gzip
 import itertools
 import math
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -39,7 +40,14 @@ def filled(stream, shape, dtype):
 
 
 def opened(path):
-    return (gzip.open if str(path).lower().endswith(".gz") else open)(path, "rb")
+    if not str(path).lower().endswith(".gz"):
+        return open(path, "rb")
+    with open(path, "rb") as stream:
+        if stream.seek(0, os.SEEK_END) > 2 ** 16:                           # the gzip module skips zeros one by one
+            stream.seek(-4096, os.SEEK_END)
+            if not any(stream.read()):
+                raise ValueError("ends in zeros: copied in part, or overwritten")
+    return gzip.open(path, "rb")
 
 
 # How a volume lies: a letter each for where the axes x, y and z of its file run to, Left or Right, Anterior or
