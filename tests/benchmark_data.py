@@ -42,12 +42,12 @@ def plain_loop(files, chunk):
     """What anybody would write: threads, Pillow, one array."""
     images = np.empty((len(files), SIZE, SIZE), np.uint8)
 
-    def decode(first):
+    def open_some(first):
         for row in range(first, min(first + chunk, len(files))):
             with Image.open(files[row]) as picture:
                 images[row] = picture
     with ThreadPoolExecutor(decode.workers()) as pool:
-        list(pool.map(decode, range(0, len(files), chunk)))
+        list(pool.map(open_some, range(0, len(files), chunk)))
 
 
 def anonymous():
@@ -77,6 +77,12 @@ def opened(folder, cache):
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
+def timed(run, *words, **options):
+    start = time.perf_counter()
+    run(*words, **options)
+    return time.perf_counter() - start
+
+
 def main(count):
     root = Path(tempfile.mkdtemp(prefix="medssl-benchmark-"))
     try:
@@ -85,17 +91,13 @@ def main(count):
             for label in range(10):
                 (folder / str(label)).mkdir(parents=True)
             with ThreadPoolExecutor(decode.workers()) as pool:
-                list(pool.map(lambda first: make(folder, range(first, number, 16)), range(16)))
+                list(pool.map(make, [folder] * 16, [range(first, number, 16) for first in range(16)]))
         files = sorted(map(str, few.rglob("*.png")))
         speeds = []                                                         # in turn: other programs may interfere
         for repeat in range(5):
-            runs = (lambda: data.load(few, cache=root / f"cache{repeat}"),
-                    lambda: plain_loop(files, 1), lambda: plain_loop(files, 32))
-            speeds.append([])
-            for run in runs:
-                start = time.perf_counter()
-                run()
-                speeds[-1].append(len(files) / (time.perf_counter() - start))
+            seconds = [timed(data.load, few, cache=root / f"cache{repeat}"),
+                       timed(plain_loop, files, 1), timed(plain_loop, files, 32)]
+            speeds.append(len(files) / np.array(seconds))
         ours, single, chunked = np.median(speeds, 0)
         print(f"decoding   {ours:.0f} images/s; plain loop {single:.0f} ({ours / single:.2f} times), in chunks of 32 "
               f"{chunked:.0f} ({ours / chunked:.2f} times); {decode.workers()} threads, medians of 5")

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from medssl.common import data
-from medssl.common.data import decode, prepare, readers, sources
+from medssl.common.data import cache, copies, decode, prepare, readers
+from medssl.common.data.layouts import find
 
 SHARED = Path(__file__).parents[2] / "shared/data"
 
@@ -122,11 +123,11 @@ def test_phantoms(monkeypatch):
     phantoms = pytest.importorskip("medssl.common.data.phantoms")
     made = []
 
-    def make(size):
-        made.append(size)
+    def make(size, seed):
+        made.append((size, seed))
         return data.Dataset("phantoms", np.zeros((2, 1, size, size), np.uint8))
     monkeypatch.setattr(phantoms, "make", make)
-    assert data.load("phantoms", size=48, channels=3).images.shape == (2, 3, 48, 48) and made == [48]
+    assert data.load("phantoms", size=48, channels=3).images.shape == (2, 3, 48, 48) and made == [(48, 0)]
 
 
 # ---- becoming square
@@ -186,6 +187,8 @@ def test_refused_tables(tmp_path):
     refused(["line 2"], tmp_path)
     table(tmp_path, "name;label\n0.png;a\n")
     refused(["no column `file`", "comma"], tmp_path)
+    table(tmp_path, "file,label\n0\0.png,a\n")
+    refused(["split.csv", "zero byte"], tmp_path)
 
 
 def test_refused_images(tmp_path):
@@ -221,8 +224,8 @@ def test_refused_images(tmp_path):
 def test_cache_follows_the_files(tmp_path, monkeypatch):
     for n in range(3):
         save(tmp_path / f"set/{n}.png", pixels(n))
-    builds, build = [], decode.build
-    monkeypatch.setattr(decode, "build", lambda *words: builds.append(1) or build(*words))
+    builds, build = [], cache.build
+    monkeypatch.setattr(cache, "build", lambda *words: builds.append(1) or build(*words))
     first = data.load(tmp_path / "set")
     monkeypatch.chdir(tmp_path)
     data.load("set", label="label")
@@ -243,8 +246,8 @@ def test_cache_follows_the_files(tmp_path, monkeypatch):
 
 def test_one_builds_the_others_wait(tmp_path, monkeypatch):
     save(tmp_path / "set/1.png", pixels(0))
-    builds, build = [], decode.build
-    monkeypatch.setattr(decode, "build", lambda *words: (builds.append(1), time.sleep(0.3), build(*words)))
+    builds, build = [], cache.build
+    monkeypatch.setattr(cache, "build", lambda *words: (builds.append(1), time.sleep(0.3), build(*words)))
     threads = [threading.Thread(target=data.load, args=(tmp_path / "set",)) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -260,7 +263,7 @@ def test_a_lock_left_behind_is_broken(tmp_path, monkeypatch):
     os.utime(tmp_path / "set/1.png", (1, 1))
     (tmp_path / f"cache/{stem}.lock").touch()
     (tmp_path / f"cache/{stem}-123.part").mkdir()
-    monkeypatch.setattr(decode, "STALE", 0.3)
+    monkeypatch.setattr(cache, "STALE", 0.3)
     assert len(data.load(tmp_path / "set")) == 1 and len(list((tmp_path / "cache").iterdir())) == 1
 
 
@@ -348,12 +351,12 @@ def test_dedupe(tmp_path):
     hashes = np.random.default_rng(0).integers(0, 2 ** 63, 50).astype(np.uint64)
     for hash in hashes:
         distance = min(bin(int(hash) ^ int(other)).count("1") for other in hashes[:20])
-        assert prepare.is_near(hash, list(hashes[:20])) == (distance <= prepare.NEAR)
+        assert copies.is_near(hash, list(hashes[:20])) == (distance <= copies.NEAR)
     some = np.uint64(2 ** 40 + 5)
-    assert prepare.is_near(some, [some ^ np.uint64(63)]) and not prepare.is_near(some, [some ^ np.uint64(127)])
+    assert copies.is_near(some, [some ^ np.uint64(63)]) and not copies.is_near(some, [some ^ np.uint64(127)])
     image = pixels(3)
     image[:16, :16] //= 2
-    assert bin(int(prepare.difference_hash(image)) ^ int(prepare.difference_hash(image // 2 + 20))).count("1") <= 6
+    assert bin(int(copies.difference_hash(image)) ^ int(copies.difference_hash(image // 2 + 20))).count("1") <= 6
 
 
 def test_copies_in_two_splits_keep_the_test_one(tmp_path):
@@ -366,7 +369,8 @@ def test_copies_in_two_splits_keep_the_test_one(tmp_path):
     assert not (tmp_path / "ready").exists() and not list(tmp_path.glob(".ready*"))
     prepare.main([*words, "--dedupe"])
     dataset = data.load(tmp_path / "ready")
-    assert sorted(zip(dataset.splits, dataset.labels)) == [("test", 0), ("train", 1)] and dataset.classes == ("a", "b")
+    assert sorted(zip(dataset.splits, dataset.labels, strict=True)) == [("test", 0), ("train", 1)]
+    assert dataset.classes == ("a", "b")
 
 
 def test_preparing_refuses_and_skips(tmp_path, capsys, monkeypatch):
@@ -384,7 +388,9 @@ def test_preparing_refuses_and_skips(tmp_path, capsys, monkeypatch):
     low, high = np.percentile(pixels(0, dtype=np.uint16), (0.5, 99.5))
     expected = (pixels(0, dtype=np.uint16).clip(low, high) - low) * 255 / (high - low)
     np.testing.assert_allclose(dataset.images[0, 0], expected, atol=0.51)
-    for wrong, word in ((words, "not empty"), ([*words[:2], str(tmp_path / "new"), "--window", "3", "1"], "smaller"),
+    new = [*words[:2], str(tmp_path / "new")]
+    for wrong, word in ((words, "not empty"), ([*new, "--window", "3", "1"], "smaller"),
+                        ([*new, "--window", "0", "inf"], "finite"), ([*new, "--split", "nan", "0", "1"], "add up"),
                         ([words[0], "--dedupe"], "--to"), ([str(tmp_path / "gone")], "no such")):
         with pytest.raises(ValueError, match=word):
             prepare.main(wrong)
@@ -402,7 +408,7 @@ def test_preparing_refuses_and_skips(tmp_path, capsys, monkeypatch):
 def test_shared_sets():
     sizes = {"rbc_chula": 8870, "cxr_pneumonia": 5190, "hc18_fetal_head": 1333, "nuclei_dsb2018": 664}
     for name, count in sizes.items():
-        source = sources.find(SHARED / name)
+        source = find(SHARED / name)
         assert len(source.names) == count and bool(source.masks) == (name[0] in "hn")
         assert source.groups and source.splits and len(source.groups) == len(source.splits) == count
     bad = SHARED / "formats/bad"
@@ -420,7 +426,8 @@ def test_shared_sets():
 def test_moments_of_16_bits_are_shares_of_the_full_scale(tmp_path):
     image = save(tmp_path / "set/1.png", pixels(0, dtype=np.uint16))
     dataset = data.load(tmp_path / "set")
-    np.testing.assert_allclose([*dataset.mean, *dataset.std], [(image / 65535).mean(), (image / 65535).std()], rtol=1e-4)
+    wanted = [(image / 65535).mean(), (image / 65535).std()]
+    np.testing.assert_allclose([*dataset.mean, *dataset.std], wanted, rtol=1e-4)
 
 
 def test_split_takes_the_moments_of_its_training_images():
@@ -449,3 +456,22 @@ def test_preparing_inverts_where_small_is_bright(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "small_is_bright", lambda path: True)      # a DICOM file of kind MONOCHROME1
     prepare.main([str(tmp_path / "set"), "--to", str(tmp_path / "ready")])
     np.testing.assert_array_equal(data.load(tmp_path / "ready").images[0, 0], 255 - image)
+
+
+@pytest.mark.parametrize("words", [[], ["--to", "ready"]])
+def test_an_interrupted_decoder_leaves_nothing(tmp_path, monkeypatch, words):
+    for n in range(4):
+        save(tmp_path / f"set/{n}.png", pixels(n))
+    read, seen = readers.read, []
+
+    def stop(path):
+        seen.append(path)
+        if len(seen) > 6:                                                   # four to choose a size, two of the images
+            raise KeyboardInterrupt
+        return read(path)
+    monkeypatch.setattr(readers, "read", stop)
+    monkeypatch.setattr(decode, "CHUNK", 1)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        prepare.main([str(tmp_path / "set"), *words])
+    assert not list((tmp_path / "cache").glob("*")) and not list(tmp_path.glob("*ready*"))

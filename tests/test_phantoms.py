@@ -68,7 +68,7 @@ def test_lesions_change_the_labelled_slices_only_and_texture_more_than_brightnes
         if kinds[patient]:
             assert (labels > 0).sum() >= 4
             assert 150 < touched[labels > 0].sum((1, 2)).mean() < 1200        # of 4096 pixels
-            assert np.abs(change[labels > 0].mean()) < 50                     # Hounsfield units of the whole picture: less than windows differ by
+            assert np.abs(change[labels > 0].mean()) < 50                   # of the whole picture: windows differ more
 
 
 def test_refuses_what_it_cannot_draw():

@@ -4,12 +4,10 @@
     dataset = load(path, size=96)       a folder, split.csv, .npz, .npy or prepared folder, see sources.py
 """
 
-from dataclasses import replace
-
 from . import phantoms
+from .cache import load_rows
 from .dataset import Dataset, split
-from .decode import load_rows
-from .sources import find
+from .layouts import find
 
 __all__ = ["Dataset", "load", "split"]
 
@@ -18,10 +16,6 @@ def load(path, size=None, channels=None, label="label", cache=None, fit="pad", g
     """The data set at `path`, or the built-in "phantoms", always the same patients. `label` names the column of
     split.csv; `group_by` is a regular expression whose first bracket (or whole match) in the relative path is the
     patient, or "parent" for the folder that a file lies in."""
-    if str(path) != "phantoms":
-        return load_rows(find(path, label, group_by), size, channels, cache, fit)[0]
-    dataset = phantoms.make(size=size or 96)
-    if channels == 3:
-        images = dataset.images.repeat(3, axis=1)                           # (N, 3, H, W)
-        return replace(dataset, images=images, mean=dataset.mean * 3, std=dataset.std * 3)
-    return dataset
+    if str(path) == "phantoms":
+        return phantoms.opened(size, channels)
+    return load_rows(find(path, label, group_by), size, channels, cache, fit)[0]

@@ -43,8 +43,10 @@ def numbered(values):
 def refuse_leaks(source, keys, what, hint=""):
     """Error when rows of two splits share a key ("" or 0 = no key). Train and unlabeled count as one: both are learnt
     from. An .npz is a published set that can only be taken as it is: there it is a warning."""
+    if not keys or not source.splits:
+        return
     first, leaks = {}, []
-    for row, (key, split) in enumerate(zip(keys or [], source.splits or [])):
+    for row, (key, split) in enumerate(zip(keys, source.splits, strict=True)):
         other = source.splits[first.setdefault(key, row)]
         if key and other != split and not {other, split} <= set(LEARNT_FROM):
             leaks.append((first[key], row))
@@ -90,7 +92,7 @@ def split(dataset, fractions=(0.7, 0.1, 0.2), seed=0):
 
 def check_fractions(fractions):
     fractions = np.array(fractions, dtype=float)
-    if fractions.shape != (3,) or (fractions < 0).any() or abs(fractions.sum() - 1) > 1e-6:
+    if fractions.shape != (3,) or (fractions < 0).any() or not abs(fractions.sum() - 1) <= 1e-6:     # a nan, too
         raise UserError(f"split {' '.join(map(str, fractions))}: give shares of train, val and test that add up to 1")
     return fractions
 

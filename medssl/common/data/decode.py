@@ -1,331 +1,297 @@
-"""From the files of a set to one array.
+"""The decoder: from the files of a source to images.npy, masks.npy and rows.npz in a folder.
 
-Every image is decoded once, by several threads, into a folder of the cache: images.npy (opened as a memory map, so
-that the set may be larger than the memory), masks.npy, and rows.npz with a hash, the original shape and the moments
-of the intensities of each image. The name of that folder holds a digest of the path, the options and every file's
-size and time of change: when one of them changes, the set is decoded anew. Labels, splits and groups are not cached
-but read each time, as editing them should cost nothing.
+Both the cache (cache.py) and `--to` (prepare.py) use it; a Recipe says what becomes of the files. A pool of threads
+turns chunks of rows into finished pieces; one thread appends them, in order, to files whose headers are filled in at
+the end, because nobody knows before how many slices are kept.
 
-One channel stays one channel and 16 bits stay 16 bits. Images become squares of `size` pixels: the common size where
-all are equal and square, else the median longer side rounded to a multiple of 32. fit="pad" (default) scales the
-longer side to `size` and adds black (class 0 in masks) to the shorter one, "crop" cuts out the central square first,
-"squash" ignores the aspect. Masks take the same way, with the nearest pixel's value.
+images.npy      (N, C, H, W) uint8 or uint16
+masks.npy       (N, H, W) uint8 class, 255 all over where an image has no mask; only where the source has masks
+rows.npz        hashes (N,) of the pixels before fitting, shapes (N, 2) before fitting, moments (N, 2, C)
 """
-import hashlib
-import json
 import os
 import shutil
-import threading
-import time
+import struct
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 from ..errors import UserError
-from .dataset import LEARNT_FROM, SAME_IMAGE, Dataset, moments, numbered, pooled, refuse_leaks
-from .sources import ARRAYS, NO_MASK, PREPARED, UNPACKED
+from . import pixels, readers
+from .copies import Copies, difference_hash
+from .dataset import moments
+from .sources import ARRAYS, NO_MASK, UNPACKED, complain
 
 SAMPLE = 64                                                             # images that size, channels, type are chosen by
+SAMPLED_VOLUMES = 4                                                         # every volume takes a while to read
+LARGEST = 1024                                                              # side of images of which nobody gave a size
 CHUNK = 2 ** 20                                                             # pixels that a thread decodes in one go
-STALE = 30                                                                  # seconds without a sign of life from a lock
-
-
-def load_rows(source, size=None, channels=None, cache=None, fit="pad"):
-    """Dataset and what is known of each row: hashes (N,), shapes (N, 2) before fitting, moments (N, 2, C)."""
-    if fit not in ("pad", "crop", "squash"):
-        raise UserError(f"fit={fit}: choose pad, crop or squash")
-    if channels not in (None, 1, 3):
-        raise UserError(f"channels={channels}: an image has 1 or 3")
-    if size is not None and size < 1:
-        raise UserError(f"size={size}: images need at least one pixel")
-    refuse_leaks(source, source.groups, "group {}")
-    folder = Path(source.path)
-    if source.kind != PREPARED or not as_asked(folder, size, channels):
-        folder = cached(source, size, channels, fit, cache)
-    images = np.load(folder / "images.npy", mmap_mode="r")                  # (N, C, H, W)
-    masks = np.load(folder / "masks.npy", mmap_mode="r") if source.masks else None              # (N, H, W)
-    with np.load(folder / "rows.npz", allow_pickle=False) as stored:
-        rows = {key: stored[key] for key in stored.files}
-
-    labels, classes = numbered(source.labels) if source.labels else (None, ())
-    if labels is None and source.masks:
-        classes = tuple(json.loads((folder / "info.json").read_text())["mask_classes"])
-    groups = None
-    if source.groups:
-        groups = numbered([group or f"\0{row}" for row, group in enumerate(source.groups)])[0]
-    refuse_leaks(source, rows["hashes"].tolist(), *SAME_IMAGE)
-    splits = np.array(source.splits) if source.splits else None
-    dataset = Dataset(source.name, images, labels, classes, masks, groups, splits)
-    dataset.names = None if source.kind in ARRAYS else source.names
-    learnt = dataset.rows(*LEARNT_FROM)
-    dataset.mean, dataset.std = pooled(rows["moments"][learnt] if len(learnt) else rows["moments"])
-    return dataset, rows
-
-
-def as_asked(folder, size, channels):
-    """Whether a prepared folder's images have this size and these channels (None: any) already."""
-    shape = np.load(folder / "images.npy", mmap_mode="r").shape             # (N, C, H, W)
-    return channels in (None, shape[1]) and size in (None, shape[2])
-
-
-
-
-# ---- decoding
-
-def cached(source, size, channels, fit, cache):
-    """Folder with the decoded set. The first process to come decodes, the others wait for it."""
-    root = Path(cache or os.environ.get("MEDSSL_CACHE") or "~/.cache/medssl").expanduser()
-    root.mkdir(parents=True, exist_ok=True)
-    asked = digest(["1", os.path.abspath(source.path), str(size), str(channels), fit, str(bool(source.masks))])
-    stem = f"{source.name}-{asked}"
-    folder = root / f"{stem}-{digest(stamps(source))}"
-    if folder.is_dir():
-        return folder
-    with lock(root / f"{stem}.lock"):
-        if folder.is_dir():                                                 # another process was faster
-            return folder
-        for old in root.glob(f"{stem}-*"):                                  # from before a file changed, or half built
-            shutil.rmtree(old, ignore_errors=True)
-        part = root / f"{stem}-{os.getpid()}.part"
-        part.mkdir()
-        try:
-            build(source, part, size, channels, fit)
-            shutil.rmtree(part / UNPACKED, ignore_errors=True)
-            os.rename(part, folder)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-    return folder
-
-
-def digest(lines):
-    return hashlib.blake2b("\n".join(lines).encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
-
-
-def stamps(source):
-    lines, missing = [], []
-    for file in source.files:
-        try:
-            stat = os.stat(file)
-            lines.append(f"{file} {stat.st_size} {stat.st_mtime_ns}")
-        except OSError:
-            missing.append(f"{file}: no such file")
-    complain(source, missing)
-    return lines
-
-
-def complain(source, problems):
-    if problems:
-        listed = "; ".join(problems[:10]) + ("; ..." if len(problems) > 10 else "")
-        raise UserError(f"{source.path}: {len(problems)} of {len(source.names)} images cannot be used: {listed}. "
-                         f"`python -m medssl.common.data {source.path} --to FOLDER --skip-unreadable` leaves them out")
-
-
-@contextmanager
-def lock(path):
-    """One process at a time. The owner touches the file while it lives, so that a lock left behind is recognised."""
-    seen, since = None, time.monotonic()
-    while True:
-        try:
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-            break
-        except FileExistsError:
-            if seen is None:
-                print(f"waiting for another process, or {STALE} s if it died (lock file {path})")
-        try:
-            stamp = os.stat(path).st_mtime_ns
-        except FileNotFoundError:
-            continue
-        if stamp != seen:
-            seen, since = stamp, time.monotonic()
-        elif time.monotonic() - since > STALE:
-            path.unlink(missing_ok=True)
-        time.sleep(0.2)
-    done = threading.Event()
-
-    def touch():
-        while not done.wait(STALE / 10):
-            with suppress(FileNotFoundError):
-                os.utime(path)
-    threading.Thread(target=touch, daemon=True).start()
-    try:
-        yield
-    finally:
-        done.set()
-        path.unlink(missing_ok=True)
+BUFFER = 2 ** 20                                                            # bytes that are written in one go
+HEADER = 128                                                                # bytes before the pixels in a .npy
+BLANK = 25                                                                  # up to this grey value nothing is seen
 
 
 def workers():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def build(source, folder, size, channels, fit):
-    """Decodes every image of a source into images.npy, masks.npy, rows.npz and info.json in this folder."""
+@dataclass(frozen=True)
+class Recipe:
+    """How files become arrays. As it stands: one image of 8 or 16 bits a file, whose grey values are kept."""
+    size: int | None = None                                                 # None: what pixels.common_size says
+    channels: int | None = None                                             # None: as the files are
+    fit: str = "pad"                                                        # how images become square, see pixels.py
+    prepare: bool = False                                                   # volumes become slices, grey values 8 bits
+    window: tuple | None = None                                             # grey values that become 0 and 255
+    percentiles: tuple | None = None                                        # the same by their shares
+    axis: int = 0                                                           # of (z, rows, columns), to cut across
+    dedupe: bool = False                                                    # leave copies out, see copies.py
+    skip: bool = False                                                      # go on without what cannot be read
+
+
+@dataclass
+class Piece:
+    """One finished image."""
+    row: int                                                                # of the source
+    group: str
+    image: np.ndarray                                                       # (C, size, size)
+    mask: np.ndarray | None                                                 # (size, size) uint8
+    values: np.ndarray                                                      # (256,) how often its mask holds each value
+    hash: int                                                               # of its pixels before fitting
+    near: np.uint64 | None                                                  # difference hash, where copies are sought
+    shape: tuple                                                            # before fitting
+    moments: np.ndarray | None = None                                       # (2, C), known when its chunk is complete
+
+
+@dataclass
+class Decoded:
+    """What was written: of each image the row of the source it came from, and so on."""
+    rows: list
+    groups: list
+    hashes: list
+    shapes: list
+    size: int
+    channels: int
+    mask_classes: tuple
+    count: Counter                                                          # what was dropped, and what was noticed
+    notes: list                                                             # on the size and the masks
+
+
+def decode(source, folder, recipe):
+    """Writes images.npy, masks.npy and rows.npz of a source into this folder."""
     pool = ThreadPoolExecutor(workers())                                    # Pillow and numpy let other threads run
     try:
-        read, read_mask = source.open(folder)
-        count, asked = len(source.names), channels
-        size, channels, dtype = plan(source, read, size, channels, pool)
-        needed = count * size * size * (channels * dtype.itemsize + bool(source.masks))
-        if needed > shutil.disk_usage(folder).free:
-            raise UserError(f"{folder.parent}: {needed / 1e9:.1f} GB of decoded images do not fit here; see --cache")
-        images = np.lib.format.open_memmap(folder / "images.npy", "w+", dtype, (count, channels, size, size))
-        masks = None
-        if source.masks:
-            masks = np.lib.format.open_memmap(folder / "masks.npy", "w+", np.uint8, (count, size, size))
-        hashes, shapes = np.zeros(count, np.uint64), np.zeros((count, 2), np.int32)
-        sums, masked = np.zeros((count, 2, channels)), np.zeros(count, bool)
-        chunk = max(1, CHUNK // (size * size * channels))
-
-        def decode(first):
-            """One chunk; returns what is wrong with its images, and how often its masks hold each value."""
-            wrong, values, rows = [], np.zeros(256, np.int64), range(first, min(first + chunk, count))
-            for row in rows:
-                try:
-                    image = pixels(read(row), source.names[row], dtype)
-                    if image.ndim == 3 and channels == 1 and not asked:
-                        raise UserError(f"{source.names[row]}: in colour, others are gray: choose --channels 1 or 3")
-                    images[row] = planes(fitted(image, size, fit), channels)
-                    hashes[row], shapes[row] = pixel_hash(image), image.shape[:2]
-                    mask = class_indices(read_mask(row), image, source, row)
-                    if mask is not None:
-                        masks[row], masked[row] = fitted(mask, size, fit, Image.NEAREST), True
-                        values += np.bincount(mask.ravel(), minlength=256)
-                    elif source.masks:
-                        masks[row] = NO_MASK
-                except (ValueError, OSError) as error:
-                    wrong.append(str(error))
-            sums[rows.start:rows.stop] = moments(images[rows.start:rows.stop])
-            return wrong, values
-
-        problems, values, starts = [], np.zeros(256, np.int64), range(0, count, chunk)
-        with tqdm(total=count, desc=f"decoding {source.name}", unit=" images", leave=False) as bar:
-            for first, (wrong, seen) in zip(starts, pool.map(decode, starts)):
-                problems, values = problems + wrong, values + seen
-                bar.update(min(chunk, count - first))
+        work = Work(source, folder, recipe, pool)
+        work.check_room(folder)
+        kept, values = write(work, folder, pool)
+    except MemoryError:
+        raise UserError(f"{source.path}: needs more memory than there is; a smaller --size needs less") from None
     finally:
         pool.shutdown(cancel_futures=True)
-    complain(source, problems)
-    other = int((shapes != size).any(1).sum())
-    notes = [f"{other} of {count} images are not {size} x {size}: {FITTING[fit]}"] if other else []
-    mask_classes, note = settle_masks(source.path, masks, masked, values) if source.masks else ((), [])
-    for line in notes + note:
-        print(f"{source.name}: {line}")
-    np.savez(folder / "rows.npz", hashes=hashes, shapes=shapes, moments=sums)
-    (folder / "info.json").write_text(json.dumps({"mask_classes": mask_classes, "notes": notes + note}))
+        shutil.rmtree(folder / UNPACKED, ignore_errors=True)
+    rows, groups, hashes, shapes, sums, masked = zip(*kept, strict=True) if kept else [()] * 6
+    np.savez(folder / "rows.npz", hashes=np.array(hashes, np.uint64), shapes=np.array(shapes, np.int32), moments=sums)
+    mask_classes, notes = settle_masks(source, folder / "masks.npy", masked, values) if source.masks else ((), [])
+    notes = work.notes + notes
+    return Decoded(rows, groups, hashes, shapes, work.size, work.channels, mask_classes, work.count, notes)
 
 
-FITTING = {"pad": "scaled by their longer side and padded with black", "crop": "central square cut out and scaled",
-           "squash": "squashed to a square"}
+def write(work, folder, pool):
+    """Appends the pieces to images.npy and masks.npy. Returns what is known of each, and the values in all masks."""
+    kept, values, square = [], np.zeros(256, np.int64), (work.size, work.size)
+    no_mask = np.full(square, NO_MASK, np.uint8)
+    with Growing(folder / "images.npy", work.dtype, (work.channels, *square)) as images, \
+            Growing(folder / "masks.npy", np.uint8, square) as masks:
+        for piece in work.pieces(pool):
+            images.append(piece.image)
+            if work.source.masks:
+                masks.append(no_mask if piece.mask is None else piece.mask)
+            values += piece.values
+            kept.append((piece.row, piece.group, piece.hash, piece.shape, piece.moments, piece.mask is not None))
+    if not work.source.masks:
+        (folder / "masks.npy").unlink()
+    return kept, values
 
 
-def plan(source, read, size, channels, pool):
-    """Size, channels and type, from a sample of the images."""
-    def look(row):
+class Growing:
+    """A .npy file to which arrays of one shape are appended."""
+
+    def __init__(self, path, dtype, shape):
+        self.file, self.dtype, self.shape, self.count = open(path, "wb", BUFFER), np.dtype(dtype), shape, 0
+        self.file.write(bytes(HEADER))                                      # filled in when their number is known
+
+    def append(self, array):
+        self.file.write(np.ascontiguousarray(array))
+        self.count += 1
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        """The header: magic, version, length of the text, text."""
+        text = repr({"descr": self.dtype.str, "fortran_order": False, "shape": (self.count, *self.shape)})
+        with self.file:
+            self.file.seek(0)
+            self.file.write(b"\x93NUMPY\x01\x00" + struct.pack("<H", HEADER - 10))
+            self.file.write(text.ljust(HEADER - 11).encode() + b"\n")
+
+
+class Work:
+    """The rows of a source as finished pieces, the same for every one: size, channels and type are settled first."""
+
+    def __init__(self, source, folder, recipe, pool):
+        self.source, self.recipe, self.count, self.notes = source, recipe, Counter(), []
+        self.read, self.read_mask = source.open(folder)
+        self.size, self.channels, self.dtype = self.settled(pool)
+
+    def settled(self, pool):
+        """Size, channels and type, from a sample of the images."""
+        recipe = self.recipe
+        if recipe.prepare and recipe.size and recipe.channels:
+            return recipe.size, recipe.channels, np.dtype(np.uint8)
+        last, sampled = len(self.source.names) - 1, SAMPLED_VOLUMES if self.source.volumes else SAMPLE
+        sample = sorted(set(np.linspace(0, last, sampled).astype(int)))
+        seen = [look for look in pool.map(self.look, sample) if look] or [((32, 32), np.dtype(np.uint8))]
+        shapes = [shape for shape, _ in seen]
+        common = pixels.common_size(shapes)
+        if common > LARGEST and not recipe.size:
+            self.notes = [f"{LARGEST} x {LARGEST} instead of {common} x {common}: ask for --size {common} to keep that"]
+        return (recipe.size or min(common, LARGEST),
+                recipe.channels or max(3 if len(shape) == 3 else 1 for shape in shapes),
+                np.dtype(np.uint8) if recipe.prepare else seen[0][1])
+
+    def look(self, row):
+        """Shape and type of a file's first image; None if it cannot be read: decoding lists it with all others."""
         try:
-            return pixels(read(row), source.names[row])
-        except (ValueError, OSError):
-            return np.zeros((0, 0), np.uint8)                              # decoding lists it with all others that fail
-    sample = sorted(set(np.linspace(0, len(source.names) - 1, SAMPLE).astype(int)))
-    seen = [image for image in pool.map(look, sample) if image.size] or [np.zeros((32, 32), np.uint8)]
-    size = size or common_size([image.shape for image in seen])
-    return size, channels or max(3 if image.ndim == 3 else 1 for image in seen), seen[0].dtype
+            image, name = self.read(row), self.source.names[row]
+            if self.recipe.prepare:
+                image = pixels.slices(image, name, self.recipe.axis)[0]     # (rows, columns[, 3])
+            else:
+                image = pixels.single(image, name)
+            return (image.shape, image.dtype) if image.size else None
+        except (UserError, OSError, MemoryError):
+            return None
+
+    def check_room(self, folder):
+        count = 0 if self.recipe.prepare else len(self.source.names)        # nobody knows the number of slices yet
+        needed = count * self.size ** 2 * (self.channels * self.dtype.itemsize + bool(self.source.masks))
+        if needed > shutil.disk_usage(folder).free:
+            raise UserError(f"{folder.parent}: {needed / 1e9:.1f} GB of decoded images do not fit here; see --cache")
+
+    def pieces(self, pool):
+        """Yields the pieces in order, and counts what is left out."""
+        copies, unreadable = Copies(), []
+        for done, problems, noticed in self.chunks(pool):
+            unreadable += problems
+            self.count.update(noticed)
+            for piece in done:
+                kind = copies.kind(piece.hash, piece.near, piece.group) if self.recipe.dedupe else None
+                self.count[kind] += 1
+                if kind is None:
+                    yield piece
+        if not self.recipe.skip:
+            complain(self.source, unreadable)
+        for line in unreadable[:10]:
+            print(f"left out: {line}")                                      # said but not stored: it is a name
+        self.count["unreadable"] = len(unreadable)
+
+    def chunks(self, pool):
+        """Yields (pieces, problems, noticed) of some rows at a time; the threads are a few chunks ahead."""
+        order, splits = list(range(len(self.source.names))), self.source.splits
+        if splits and self.recipe.dedupe:                                   # the copy nobody learns from comes first
+            order.sort(key=lambda row: {"test": 0, "val": 1}.get(splits[row], 2))
+        step = 1 if self.source.volumes else max(1, CHUNK // (self.size ** 2 * self.channels))
+        starts, waiting, ahead = deque(range(0, len(order), step)), deque(), workers() + 1
+        word = "preparing" if self.recipe.prepare else "decoding"
+        with tqdm(total=len(order), desc=f"{word} {self.source.name}", unit=" files", leave=False) as bar:
+            while starts or waiting:
+                while starts and len(waiting) < ahead:                      # so many chunks are in memory at a time
+                    start = starts.popleft()
+                    waiting.append(pool.submit(self.chunk, order[start:start + step]))
+                yield waiting.popleft().result()
+                bar.update(min(step, len(order) - bar.n))
+
+    def chunk(self, rows):
+        done, problems, noticed = [], [], Counter()
+        for row in rows:
+            try:
+                done += self.layers(row, noticed) if self.recipe.prepare else [self.single(row)]
+            except (UserError, OSError) as error:
+                problems.append(str(error))
+            except MemoryError:
+                problems.append(f"{self.source.names[row]}: needs more memory than there is")
+        step = max(1, CHUNK // (self.size ** 2 * self.channels))            # one by one would take longer
+        for some in (done[start:start + step] for start in range(0, len(done), step)):
+            stack = np.stack([piece.image for piece in some])               # (pieces, C, size, size)
+            for piece, sums in zip(some, moments(stack), strict=True):
+                piece.moments = sums
+        return done, problems, noticed
+
+    def single(self, row):
+        """The one image of a file."""
+        name = self.source.names[row]
+        image = pixels.single(self.read(row), name, self.dtype)
+        if image.ndim == 3 and self.channels == 1 and not self.recipe.channels:
+            raise UserError(f"{name}: in colour, others are gray: choose --channels 1 or 3")
+        return self.finished(row, self.group(row), image, self.class_indices(row, self.read_mask(row), image))
+
+    def layers(self, row, noticed):
+        """The images of a file of any kind: an image, or a volume cut into slices."""
+        source, recipe, name = self.source, self.recipe, self.source.names[row]
+        array, mask = self.read(row), self.read_mask(row)
+        stack = pixels.slices(array, name, recipe.axis)                     # (slices, rows, columns[, 3])
+        masks = [None] * len(stack) if mask is None else pixels.slices(mask, name, recipe.axis)
+        if mask is not None and masks.shape[:3] != stack.shape[:3]:
+            raise UserError(f"mask {source.masks[row]} is {pixels.by(mask.shape)}, but its image {name} is "
+                            f"{pixels.by(array.shape)}")
+        low, high = pixels.grey_range(stack, recipe.window, recipe.percentiles)
+        inverted = source.kind not in ARRAYS and readers.small_is_bright(source.files[row])
+        group, done, empty = self.group(row, len(stack) > 1), [], 0
+        for layer, mask in zip(stack, masks, strict=True):
+            image = pixels.eight_bits(layer, low, high)
+            image = 255 - image if inverted else image
+            mask = self.class_indices(row, mask, image)
+            if len(stack) > 1 and (image > BLANK).mean() < 0.01 and (mask is None or not mask.any()):
+                empty += 1
+            else:
+                done.append(self.finished(row, group, image, mask))
+        noticed.update(empty=empty, fourth=array.ndim == 4 and stack.ndim == 3,
+                       hounsfield=not recipe.window and stack.dtype.kind in "if" and bool(stack.min() < -500))
+        return done
+
+    def group(self, row, several=False):
+        if self.source.groups:
+            return self.source.groups[row]
+        return self.source.names[row] if several else ""                    # a volume is a group
+
+    def class_indices(self, row, mask, image):
+        source = self.source
+        return None if mask is None else pixels.class_indices(mask, image, source.masks[row], source.names[row])
+
+    def finished(self, row, group, image, mask):
+        recipe, size, values = self.recipe, self.size, np.zeros(256, np.int64)
+        square = np.ascontiguousarray(pixels.planes(pixels.fitted(image, size, recipe.fit), self.channels))
+        if mask is not None:
+            values = np.bincount(mask.ravel(), minlength=256)
+            mask = np.ascontiguousarray(pixels.fitted(mask, size, recipe.fit, Image.NEAREST))
+        near = difference_hash(image) if recipe.dedupe else None
+        return Piece(row, group, square, mask, values, pixels.pixel_hash(image), near, image.shape[:2])
 
 
-def common_size(shapes):
-    sides = np.array([shape[:2] for shape in shapes])                       # (sample, 2)
-    return int(sides.min() if sides.min() == sides.max() else max(32, 32 * round(np.median(sides.max(1)) / 32)))
-
-
-def pixels(image, name, dtype=None):
-    """The image if it is one: (rows, columns) or (rows, columns, 3) of 8 or 16 bits, like the others of its set."""
-    if image.ndim != 2 and (image.ndim != 3 or image.shape[2] != 3):
-        raise UserError(f"{name}: a stack or volume of shape {image.shape}, not one image: prepare it first (--to)")
-    image = image.astype(np.uint8) * 255 if image.dtype == bool else image
-    if image.dtype not in (np.uint8, np.uint16):
-        raise UserError(f"{name}: {image.dtype} pixels have no fixed range: prepare them first (--to, --window)")
-    if dtype is not None and image.dtype != dtype:
-        raise UserError(f"{name}: {image.dtype} pixels, where others have {dtype}: two scales in one set")
-    return image
-
-
-def class_indices(mask, image, source, row):
-    """The mask as (rows, columns) uint8, or None."""
-    if mask is None:
-        return None
-    if mask.ndim == 3 and image.ndim >= 2 and mask.shape[2] == 3 and (mask[..., :1] == mask).all():
-        mask = mask[..., 0]                                                 # gray saved as colour
-    if mask.shape != image.shape[:2]:
-        raise UserError(f"mask {source.masks[row]} is {by(mask.shape)}, but its image {source.names[row]} is "
-                         f"{by(image.shape[:2])}")
-    if mask.min() < 0 or mask.max() > 255 or (mask.dtype.kind == "f" and (mask % 1 != 0).any()):
-        raise UserError(f"mask {source.masks[row]} holds values from {mask.min()} to {mask.max()}, not class indices")
-    return mask.astype(np.uint8)
-
-
-def by(shape):
-    return " x ".join(map(str, shape))
-
-
-def settle_masks(path, masks, masked, values):
+def settle_masks(source, path, masked, values):
     """Names of the mask classes, and a note if 0 and 255 became 0 and 1. `values` counts each value's pixels."""
     found = np.flatnonzero(values)
     if set(found) <= {0, 255} and 255 in found:
+        masks = np.load(path, mmap_mode="r+")                               # (N, H, W)
         for row in np.flatnonzero(masked):
             masks[row] //= 255
+        masks.flush()
         return ("0", "1"), ["masks hold 0 and 255: read as classes 0 and 1"]
     if list(found) != list(range(len(found))):
-        raise UserError(f"{path}: masks hold the values {' '.join(map(str, found[:20]))}; class indices run 0, 1, 2, "
-                         "... without a gap (0 = background): renumber them")
+        values = " ".join(map(str, found[:20]))
+        raise UserError(f"{source.path}: masks hold the values {values}; class indices run 0, 1, 2, ... without a gap "
+                        "(0 = background): renumber them")
     return tuple(map(str, found)), []
-
-
-def fitted(image, size, fit, method=Image.BILINEAR):
-    """A square (size, size[, 3]) of an image or mask (rows, columns[, 3])."""
-    rows, columns = image.shape[:2]
-    if rows == columns == size:
-        return image
-    if fit == "squash":
-        return resized(image, size, size, method)
-    if fit == "crop":
-        side = min(rows, columns)
-        top, left = (rows - side) // 2, (columns - side) // 2
-        return resized(image[top:top + side, left:left + side], size, size, method)
-    rows, columns = (max(1, round(n * size / max(rows, columns))) for n in (rows, columns))
-    square = np.zeros((size, size, *image.shape[2:]), image.dtype)
-    top, left = (size - rows) // 2, (size - columns) // 2
-    square[top:top + rows, left:left + columns] = resized(image, rows, columns, method)
-    return square
-
-
-def resized(image, rows, columns, method):
-    if image.shape[:2] == (rows, columns):
-        return image
-    if image.dtype == np.uint8:
-        return np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize((columns, rows), method))
-    layers = [image[..., c] for c in range(3)] if image.ndim == 3 else [image]                 # 16 bits: only as floats
-    layers = [np.asarray(Image.fromarray(layer.astype(np.float32)).resize((columns, rows), method)) for layer in layers]
-    return np.rint(np.stack(layers, -1)).astype(image.dtype).reshape(rows, columns, *image.shape[2:])
-
-
-def planes(image, channels):
-    """(rows, columns[, 3]) -> (channels, rows, columns)"""
-    if image.ndim == 3:
-        return image.transpose(2, 0, 1) if channels == 3 else gray(image)[None]
-    return image[None].repeat(channels, axis=0) if channels > 1 else image[None]
-
-
-def gray(image):
-    """Luminance of a colour image, in its own type."""
-    return np.rint(image @ np.array([0.299, 0.587, 0.114], np.float32)).astype(image.dtype)     # (rows, columns)
-
-
-def pixel_hash(image):
-    """64 bits that equal images share; 0 for an image of one single value, which is nobody's copy."""
-    pixels = image.tobytes()
-    if pixels == image[:1, :1].tobytes() * (image.shape[0] * image.shape[1]):
-        return 0
-    return int.from_bytes(hashlib.sha1(pixels, usedforsecurity=False).digest()[:8], "big")     # sha1: often the fastest

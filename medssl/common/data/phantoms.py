@@ -18,6 +18,7 @@ them into 8 bits. Coordinates: x to the right of the picture (the patient's left
 the abdominal cavity. All lengths are relative to the body, so make(size=64) and make(size=96) draw the same patients.
 """
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -67,7 +68,7 @@ ANATOMY = (
 )
 HOSTS = [row for row in ANATOMY if row[0] in (LIVER, SPLEEN, KIDNEY) and row[1] > 0]                # where lesions sit
 DECK = (3, 8, 4, 2)                                                 # of 17 patients, by class
-LESIONS = (9, 15)                                                           # from, up to but not, how many a patient has
+LESIONS = (9, 15)                                                   # from, up to but not, how many a patient has
 SPLITS = np.array(("train", "test", "val", "train", "train", "val", "test", "train", "train", "train"))  # of ten
 
 
@@ -91,6 +92,18 @@ def make(count=2000, size=96, seed=0):
     seen = images[splits == "train"] / np.float32(255)
     mean, std = (float(seen.mean()),), (float(seen.std()),)
     return Dataset("phantoms", images, labels, CLASSES, masks, groups, splits, mean, std)
+
+
+def opened(size=None, channels=None, seed=0):
+    """As the other sets are opened: in its usual size and in gray unless something else is asked for."""
+    try:
+        dataset = make(size=size or 96, seed=seed)
+    except MemoryError:
+        raise UserError(f"phantoms: size={size} needs more memory than there is") from None
+    if channels == 3:
+        images = dataset.images.repeat(3, axis=1)                   # (N, 3, H, W)
+        return replace(dataset, images=images, mean=dataset.mean * 3, std=dataset.std * 3)
+    return dataset
 
 
 def _deal(patients, rng):
@@ -239,7 +252,8 @@ class _Scene:
         rings = ring_level * rng.standard_normal(self.size, np.float32)
         rings = rings[(np.hypot(row, col) * self.size / 2).astype(int)]             # (H, W)
         angle = np.arctan2(row - self.shift[1] - self.scale[1] / 2, col - self.shift[0])  # streaks start at the spine
-        streaks = streak_level * sum(np.sin(n * angle + phase) for n, phase in zip(spokes, phases))  # (S, H, W)
+        waves = (np.sin(number * angle + phase) for number, phase in zip(spokes, phases, strict=True))
+        streaks = streak_level * sum(waves)                         # (S, H, W)
         noise = noise_level * zoom * rng.standard_normal(hu.shape, np.float32)
         hu += (noise + rings + streaks) * np.where(hu > -500, np.float32(1.3), np.float32(0.3))     # less in air
         fx, fy = np.fft.rfftfreq(self.size), np.fft.fftfreq(self.size)[:, None]

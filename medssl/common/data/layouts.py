@@ -1,0 +1,72 @@
+"""What a path holds: `find` tells the layouts apart, sources.py and stacks.py read them.
+
+    folder or split.csv         see sources.py
+    .npz .npy prepared folder   see stacks.py
+"""
+import os
+import re
+from pathlib import Path
+
+from ..errors import UserError
+from . import readers
+from .sources import ARRAYS, PREPARED, from_csv, from_files, from_folder, is_solid
+from .stacks import from_npy, from_npz, from_prepared
+
+
+def find(path, label="label", group_by=None, volumes=False):
+    """The Source behind a path. Volumes are refused unless asked for: they have to be cut into slices first."""
+    path = Path(os.path.abspath(Path(path).expanduser()))
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder (the built-in set is called phantoms)")
+    source = layout(path, label)
+    if label != "label" and source.kind not in ("split.csv", PREPARED):
+        raise UserError(f"{path}: label={label} picks a column of a split.csv, and there is none")
+    if source.volumes and not volumes:
+        more = ", ..." if len(source.volumes) > 1 else ""
+        what = "DICOM files" if readers.kind_of(source.volumes[0]) in readers.DICOM else "volumes"
+        raise UserError(f"{path}: holds {what} ({source.volumes[0]}{more}): cut them into slices first with "
+                        f"`python -m medssl.common.data {path} --to FOLDER`, then open FOLDER")
+    if group_by:
+        source.groups, source.grouping = grouped(source, group_by), "what --group-by finds in the file names"
+        if group_by == "parent" and source.kind == "class folders":
+            source.kind, source.labels = "one folder per group", None       # the folders are patients then, not classes
+    return source
+
+
+def layout(path, label):
+    """The Source that the kind of path calls for."""
+    kind = readers.suffix(path.name)
+    if path.is_dir() and (path / "images.npy").is_file() and (path / "info.json").is_file():
+        return from_prepared(path, label)
+    if path.is_dir() and (path / "split.csv").is_file():
+        return from_csv(path / "split.csv", label)
+    if path.is_dir():
+        return from_folder(path)
+    if not path.is_file():
+        raise UserError(f"{path}: neither a file nor a folder, but a pipe, socket or device")
+    if kind == ".csv":
+        return from_csv(path, label)
+    if kind == ".npz":
+        return from_npz(path)
+    if kind == ".npy":
+        return from_npy(path)
+    if is_solid(str(path)):
+        return from_files(path, "one volume", [path.name], [str(path)])
+    raise UserError(f"{path}: a set is a folder, split.csv, .npz or .npy, not a single {kind or 'unnamed'} file")
+
+
+def grouped(source, pattern):
+    """The group of each image, from its name."""
+    if source.kind in ARRAYS:
+        raise UserError(f"{source.path}: --group-by looks at file names, and a {source.kind} has none")
+    if pattern == "parent":
+        return [os.path.dirname(name) for name in source.names]
+    try:
+        found = [re.search(pattern, name) for name in source.names]
+    except re.error as error:
+        raise UserError(f"--group-by {pattern}: not a regular expression ({error})") from None
+    groups = [match and match.group(bool(match.re.groups)) for match in found]
+    missed = [name for name, group in zip(source.names, groups, strict=True) if not group]
+    if missed:
+        raise UserError(f"--group-by {pattern}: does not match {len(missed)} of {len(found)} names, first {missed[0]}")
+    return groups

@@ -1,0 +1,314 @@
+"""Every layout opens at every size, DICOM keeps patients together, and what lies or hangs is refused in a line."""
+import io
+import os
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from medssl.common import data
+from medssl.common.data import decode, phantoms, prepare, readers, stacks
+from medssl.common.data.layouts import find
+from medssl.common.errors import UserError
+from tests.test_data import own_cache, pixels, refused, save, save_volume, table  # noqa: F401
+
+
+def said(capsys, *words):
+    """What the command line prints."""
+    prepare.main(list(map(str, words)))
+    return capsys.readouterr().out
+
+
+# ---- layouts, sizes, channels
+
+def class_folders(folder):
+    for n in range(4):
+        save(folder / f"set/{'ab'[n % 2]}/{n}.png", pixels(n))
+    return folder / "set"
+
+
+def images_and_masks(folder):
+    for n in range(4):
+        save(folder / f"set/images/{n}.png", pixels(n))
+        save(folder / f"set/masks/{n}.png", pixels(n) // 128)
+    return folder / "set"
+
+
+def with_table(folder):
+    for n in range(4):
+        save(folder / f"set/{n}.png", pixels(n))
+    table(folder / "set", "file,label,split,group\n0.png,a,train,1\n1.png,b,train,1\n2.png,a,val,2\n3.png,b,test,3\n")
+    return folder / "set"
+
+
+def npz(folder):
+    images, labels = pixels(0, 4, 1024).reshape(4, 32, 32), np.array([[0], [1], [0], [1]])
+    np.savez(folder / "set.npz", train_images=images[:2], train_labels=labels[:2], test_images=images[2:],
+             test_labels=labels[2:])
+    return folder / "set.npz"
+
+
+def npy(folder):
+    np.save(folder / "set.npy", pixels(0, 4, 1024).reshape(4, 32, 32))
+    return folder / "set.npy"
+
+
+def prepared(folder, make=class_folders):
+    prepare.main([str(make(folder)), "--to", str(folder / "ready"), "--split", "0.5", "0.25", "0.25"])
+    return folder / "ready"
+
+
+def prepared_with_masks(folder):
+    return prepared(folder, images_and_masks)
+
+
+LAYOUTS = class_folders, images_and_masks, with_table, npz, npy, prepared, prepared_with_masks
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=[layout.__name__ for layout in LAYOUTS])
+def test_every_layout_opens_at_every_size(tmp_path, layout):
+    path = layout(tmp_path)
+    first = data.load(path)
+    assert first.images.shape == (4, 1, 32, 32)
+    for size, channels in (16, None), (48, None), (None, 3), (16, 3):
+        dataset = data.load(path, size=size, channels=channels)
+        assert dataset.images.shape == (4, channels or 1, size or 32, size or 32)
+        for name in "labels", "groups", "splits":
+            np.testing.assert_array_equal(getattr(dataset, name), getattr(first, name))
+        assert (dataset.masks is None) == (first.masks is None) and dataset.classes == first.classes
+        assert first.masks is None or set(np.unique(dataset.masks)) == {0, 1}
+
+
+# ---- the built-in set at the command line
+
+def test_phantoms_at_the_command_line(tmp_path, capsys, monkeypatch):
+    make = phantoms.make
+    monkeypatch.setattr(phantoms, "make", lambda size, seed: make(40, size, seed))
+    monkeypatch.chdir(tmp_path)
+    text = said(capsys, "phantoms", "--size", 32, "--channels", 3, "--seed", 5)
+    assert "40 images of 32 x 32, colour" in text and "class cyst" in text and (tmp_path / "contact_sheet.png").exists()
+    text = said(capsys, "phantoms", "--size", 32, "--seed", 5, "--to", "ready")
+    assert "prepared into ready" in text
+    ready, made = data.load(tmp_path / "ready"), make(40, 32, 5)
+    np.testing.assert_array_equal(ready.images, made.images)
+    np.testing.assert_array_equal(ready.masks, made.masks)
+    assert [ready.classes[label] for label in ready.labels] == [made.classes[label] for label in made.labels]
+    assert ready.splits.tolist() == made.splits.tolist() and ready.groups.tolist() == made.groups.tolist()
+    for words, wrong in ((["--split", "0.5", "0", "0.5"], "has splits already"), (["--group-by", "p"], "--group-by"),
+                         (["--seed", "-1"], "--seed"), (["--size", "99999"], "--size")):
+        with pytest.raises(UserError, match=wrong):
+            prepare.main(["phantoms", "--to", "other", *words])
+    monkeypatch.setattr(phantoms, "make", lambda size, seed: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(UserError, match="memory"):
+        data.load("phantoms", size=30000)
+
+
+# ---- labels that would be lost
+
+def test_several_labels_are_said(tmp_path, capsys):
+    images, labels = pixels(0, 4, 1024).reshape(4, 32, 32), np.eye(4, 14, dtype=np.uint8)
+    np.savez(tmp_path / "set.npz", train_images=images, train_labels=labels)
+    assert data.load(tmp_path / "set.npz").labels is None
+    assert "14 labels per image" in capsys.readouterr().out
+    assert "14 labels per image" in said(capsys, tmp_path / "set.npz", "--to", tmp_path / "ready")
+
+
+def test_one_class_folder_is_said(tmp_path, capsys):
+    for n in range(3):
+        save(tmp_path / f"set/normal/{n}.png", pixels(n))
+        save(tmp_path / f"flat/{n}.png", pixels(n))
+    assert data.load(tmp_path / "set").labels is None and "only one class" in capsys.readouterr().out
+    data.load(tmp_path / "flat")
+    assert "only one" not in capsys.readouterr().out
+
+
+def test_what_medmnist_saves_keeps_splits_and_labels(tmp_path, capsys):
+    for name in "train0_3", "train1_10", "val0_3", "test0_0":
+        save(tmp_path / f"set/pathmnist/{name}.png", pixels(sum(name.encode())))
+    save(tmp_path / "set/pathmnist_train_montage.jpg", pixels(7, 64, 64))
+    save(tmp_path / "several/train0_0_1_1.png", pixels(1))
+    dataset = data.load(tmp_path / "set")
+    assert dataset.splits.tolist() == ["test", "train", "train", "val"] and dataset.images.shape[2] == 32
+    assert [dataset.classes[label] for label in dataset.labels] == ["0", "3", "10", "3"]
+    assert data.load(tmp_path / "several").labels is None and "3 labels per image" in capsys.readouterr().out
+
+
+def test_no_image_left_names_the_window(tmp_path):
+    save_volume(tmp_path / "set/1.mha", np.full((3, 32, 32), 50, np.int16))
+    with pytest.raises(UserError, match="no image is left; 3 slices without content.*--window"):
+        prepare.main([str(tmp_path / "set"), "--to", str(tmp_path / "ready"), "--window", "100", "200"])
+
+
+# ---- DICOM
+
+def save_dicom(path, array, patient="", series="1.2.3", z=0):
+    """The smallest DICOM file: 16 bits, not packed."""
+    dicom = pytest.importorskip("pydicom")
+    file = dicom.Dataset()
+    file.file_meta = dicom.dataset.FileMetaDataset()
+    file.file_meta.TransferSyntaxUID = dicom.uid.ExplicitVRLittleEndian
+    file.file_meta.MediaStorageSOPClassUID = file.SOPClassUID = "1.2.840.10008.5.1.4.1.1.2"
+    file.file_meta.MediaStorageSOPInstanceUID = file.SOPInstanceUID = dicom.uid.generate_uid()
+    file.PatientID, file.SeriesInstanceUID = patient, series
+    file.Rows, file.Columns = array.shape
+    file.SamplesPerPixel, file.PixelRepresentation, file.PhotometricInterpretation = 1, 0, "MONOCHROME2"
+    file.BitsAllocated = file.BitsStored = 16
+    file.HighBit, file.PixelData = 15, array.astype(np.uint16).tobytes()
+    file.ImagePositionPatient, file.ImageOrientationPatient = [0, 0, z], [1, 0, 0, 0, 1, 0]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file.save_as(path, enforce_file_format=True)
+
+
+def test_dicom_patients_stay_together_and_unnamed(tmp_path, capsys):
+    """Two folders for each patient, several files in each, one series to a file."""
+    for n in range(12):
+        save_dicom(tmp_path / f"cd/visit{n // 2}/{n}.dcm", pixels(n), f"DOE^{n // 2 % 3}", f"1.2.{n}")
+    source = find(tmp_path / "cd", volumes=True)
+    assert source.groups == [f"patient {n // 2 % 3 + 1}" for n in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11)]
+    text = said(capsys, tmp_path / "cd", "--to", tmp_path / "ready", "--split", 0.4, 0.3, 0.3)
+    assert "a group is the PatientID" in text and "DOE" not in text
+    dataset = data.load(tmp_path / "ready")
+    assert len(np.unique(dataset.groups)) == 3
+    assert all(len(set(dataset.splits[dataset.groups == group])) == 1 for group in range(3))
+    for file in (tmp_path / "ready").iterdir():
+        assert b"DOE" not in file.read_bytes()
+    assert find(tmp_path / "cd", group_by=r"visit(\d)", volumes=True).groups[::2] == list("012345")
+    said(capsys, tmp_path / "cd", "--to", tmp_path / "other", "--group-by", r"visit(\d)")
+    assert len(np.unique(data.load(tmp_path / "other").groups)) == 6
+
+
+def test_dicom_patients_in_two_splits_are_refused(tmp_path):
+    for n, split in enumerate(("train", "train", "test")):
+        save_dicom(tmp_path / f"set/{split}/{n}.dcm", pixels(n), f"P{n % 2}", f"1.2.{n}")
+    with pytest.raises(UserError, match="group patient . stands in two splits") as error:
+        prepare.main([str(tmp_path / "set"), "--to", str(tmp_path / "ready")])
+    assert "P0" not in str(error.value)
+
+
+def test_dicom_pictures_in_class_folders_have_classes(tmp_path, capsys):
+    for n in range(8):
+        save_dicom(tmp_path / f"xray/{('NORMAL', 'SICK')[n % 2]}/{n}.dcm", pixels(n), f"P{n}", f"1.2.{n}")
+    refused(["holds DICOM files", "--to"], tmp_path / "xray")
+    said(capsys, tmp_path / "xray", "--to", tmp_path / "ready", "--split", 0.5, 0, 0.5)
+    dataset = data.load(tmp_path / "ready")
+    assert dataset.classes == ("NORMAL", "SICK") and len(np.unique(dataset.groups)) == 8
+    assert set(dataset.labels[dataset.rows("train")]) == set(dataset.labels[dataset.rows("test")]) == {0, 1}
+
+
+def test_dicom_without_an_ending_and_without_patients(tmp_path, capsys):
+    """As on a CD: two series of three slices; an index and a text lie beside them."""
+    for n in range(6):
+        save_dicom(tmp_path / f"cd/S{n // 3}/IM{n:06d}", pixels(n), series=f"1.2.{n // 3}", z=n)
+    (tmp_path / "cd/DICOMDIR").write_bytes(bytes(128) + b"DICM" + readers.dicom.CD_INDEX)
+    (tmp_path / "cd/README").write_text("This CD starts by itself.")
+    source = find(tmp_path / "cd", volumes=True)
+    assert source.names == ["S0", "S1"] and len(set(source.groups)) == 2
+    text = said(capsys, tmp_path / "cd", "--to", tmp_path / "ready")
+    assert "6 images" in text and "no PatientID" in text
+    assert data.load(tmp_path / "ready").groups.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+# ---- what lies, hangs, or takes too much
+
+def test_folders_with_links_to_themselves_end(tmp_path):
+    save(tmp_path / "set/a/1.png", pixels(0))
+    save(tmp_path / "set/b/2.png", pixels(1))
+    os.symlink(tmp_path / "set", tmp_path / "set/a/again")
+    os.symlink(tmp_path / "set", tmp_path / "set/b/again")
+    os.symlink(tmp_path / "set/b", tmp_path / "set/c")
+    assert find(tmp_path / "set").names == ["a/1.png", "b/2.png"]
+
+
+def test_pipes_are_refused(tmp_path):
+    for name in "1.npy", "1.npz", "split.csv", "set/1.png":
+        (tmp_path / "set").mkdir(exist_ok=True)
+        os.mkfifo(tmp_path / name)
+        refused([name.split("/")[-1], "pipe"], tmp_path / name.split("/1")[0])
+    save(tmp_path / "pair/images/1.png", pixels(0))
+    (tmp_path / "pair/masks").mkdir()
+    os.mkfifo(tmp_path / "pair/masks/1.png")
+    refused(["masks/1.png", "pipe"], tmp_path / "pair")
+
+
+def test_broken_files_are_named(tmp_path):
+    save(tmp_path / "pair/images/1.png", pixels(0))
+    (tmp_path / "pair/masks").mkdir()
+    palette = Image.fromarray(pixels(1) // 128)
+    palette.putpalette([9, 9, 9, 200, 0, 0])
+    stream = io.BytesIO()
+    palette.save(stream, "png")
+    (tmp_path / "pair/masks/1.png").write_bytes(stream.getvalue().replace(b"IDAT", b"ID\0T"))
+    refused(["masks/1.png"], tmp_path / "pair")
+    np.save(tmp_path / "bad.npy", pixels(0))
+    whole = (tmp_path / "bad.npy").read_bytes()
+    (tmp_path / "bad.npy").write_bytes(whole.replace(b"{'descr'", b"{'''des("))
+    refused(["bad.npy"], tmp_path / "bad.npy")
+    with zipfile.ZipFile(tmp_path / "zip.npy", "w") as archive:
+        archive.writestr("a.npy", whole)
+    refused(["zip.npy"], tmp_path / "zip.npy")
+    (tmp_path / "text.npz").write_text("text")
+    refused(["text.npz"], tmp_path / "text.npz")
+    stack, labels = pixels(0, 4, 1024).reshape(4, 32, 32), np.zeros((4, 1), np.uint8)
+    for other in labels[:3], np.zeros((4, 2), np.uint8), np.uint8(3):
+        np.savez(tmp_path / "odd.npz", train_images=stack, train_labels=labels, val_images=stack, val_labels=other)
+        refused(["odd.npz", "val_labels"], tmp_path / "odd.npz")
+
+
+@pytest.mark.parametrize("name, text", [("table.csv", ""), ("info.json", "{"), ("info.json", "[]"), ("images.npy", ""),
+                                        ("masks.npy", "no"), ("rows.npz", "no"), ("table.csv", "split,label,group\n")])
+def test_a_damaged_prepared_folder_is_named(tmp_path, name, text):
+    path = prepared_with_masks(tmp_path)
+    (path / name).write_text(text)
+    refused([str(path)], path)
+
+
+def bomb(path, sizes):
+    """An archive of zeros, packed tightly; sizes: {key: (shape in the header, bytes)}."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for key, (shape, count) in sizes.items():
+            with archive.open(f"{key}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+                for _ in range(0, count, 2 ** 20):
+                    file.write(bytes(min(count, 2 ** 20)))
+
+
+def test_npz_bombs_are_refused_by_their_headers(tmp_path, monkeypatch):
+    monkeypatch.setattr(np.lib.format, "read_array", lambda *_, **__: pytest.fail("unpacked labels"))
+    images = {"train_images": ((64, 8, 8), 4096)}
+    for labels, word in (((64, 2 ** 16), 2 ** 22), "more room"), (((256,), 2 ** 22), "bytes"):
+        bomb(tmp_path / "set.npz", images | {"train_labels": labels})
+        refused(["set.npz", "train_labels", word], tmp_path / "set.npz")
+    bomb(tmp_path / "set.npz", {"train_images": ((64, 8, 8), 2 ** 22), "train_labels": ((64,), 64)})
+    refused(["set.npz", "train_images"], tmp_path / "set.npz")
+    monkeypatch.setattr(stacks, "MANY", 1000)
+    many = 2 ** 14
+    bomb(tmp_path / "set.npz", {"train_images": ((many, 4, 4), many * 16), "train_labels": ((many,), many)})
+    refused(["set.npz", "too many"], tmp_path / "set.npz")
+
+
+def test_the_automatic_size_stops(tmp_path, capsys):
+    save(tmp_path / "set/1.png", pixels(0, 3000, 2))
+    dataset = data.load(tmp_path / "set")
+    assert dataset.images.shape[2] == decode.LARGEST == 1024
+    assert "--size 3008" in capsys.readouterr().out
+    assert data.load(tmp_path / "set", size=1500).images.shape[2] == 1500
+    refused(["size=40000"], tmp_path / "set", size=40000)
+
+
+def test_lack_of_memory_is_a_line_and_a_mistake_is_not(tmp_path, monkeypatch):
+    save(tmp_path / "set/1.png", pixels(0))
+    save(tmp_path / "set/2.png", pixels(1))
+
+    def fail(error):
+        def fitted(*_):
+            raise error
+        monkeypatch.setattr(decode.pixels, "fitted", fitted)
+    fail(MemoryError())
+    refused(["2 of 2", "1.png", "memory"], tmp_path / "set")
+    fail(ValueError("a mistake in the program"))
+    with pytest.raises(ValueError) as error:
+        data.load(tmp_path / "set")
+    assert not isinstance(error.value, UserError)
+    monkeypatch.setattr(decode, "write", lambda *_: (_ for _ in ()).throw(MemoryError()))
+    refused(["memory", "--size"], tmp_path / "set")
