@@ -128,6 +128,7 @@ def test_byol_momentum_golden():
     found = [momentum_at(g["base_momentum"].item(), step / 50) for step in range(51)]
     same(torch.tensor(found, dtype=torch.float64), g["byol_momentum"])
     assert found[0] == 0.99 and found[-1] == 1
+    assert momentum_at(0.9, 0.5, end=0.96) == pytest.approx(0.93) and momentum_at(0.9, 1, end=0.96) == 0.96
 
 
 # Naive loops
@@ -243,6 +244,19 @@ def test_byol_target_follows_by_eq_3():
             torch.testing.assert_close(slow, m * old + (1 - m) * fast)
             assert progress == 1 or not torch.equal(slow, old)
             assert progress < 1 or torch.equal(slow, old)                   # at the end the target stands still
+
+
+def test_byol_momentum_can_be_held():
+    method = small_byol(momentum=0.9, momentum_end=0.9)
+    slow, fast = method.target_encoder.conv1.weight.clone(), method.encoder.conv1.weight
+    method.after_step([], 1.0)
+    torch.testing.assert_close(method.target_encoder.conv1.weight, 0.9 * slow + 0.1 * fast)
+
+
+def test_simclr_projector_has_batch_norm_on_request():
+    for norm in (False, True):
+        layers = [type(layer) for layer in SimCLR(tiny_encoder(width=4), Flip(), norm=norm).projector]
+        assert layers == [nn.Linear] + [nn.BatchNorm1d] * norm + [nn.ReLU, nn.Linear]
 
 
 def test_byol_target_keeps_its_own_statistics_and_gets_no_gradient():

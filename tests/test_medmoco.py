@@ -184,8 +184,17 @@ def test_regions_are_read_from_a_map_as_fine_as_the_grid():
     encoder = tiny_encoder()
     for size, stage in ((32, 0), (64, 1), (128, 2), (256, 3), (None, 3)):
         assert MedMoCo(encoder, Flip(), queue_size=8, size=size).local_projector[0].in_features == encoder.widths[stage]
-    with pytest.raises(ValueError, match="regions=0"):
+    with pytest.raises(ValueError, match="or set regions=0"):
         MedMoCo(torch.nn.Identity(), Flip())
+
+
+def test_an_augmentation_without_geometry_is_refused_in_words():
+    for augment in (lambda images: images, torch.nn.functional.relu):
+        with pytest.raises(ValueError, match="takes no geometry=True.*theta .B, 2, 3.*or set regions=0"):
+            MedMoCo(tiny_encoder(), augment, queue_size=8)
+    for augment in (Flip(), lambda images, geometry: None, lambda images, **words: None, torch.nn.Identity(), None):
+        assert MedMoCo(tiny_encoder(), augment, queue_size=8).regions
+    assert MedMoCo(tiny_encoder(), lambda images: images, queue_size=8, regions=0)
 
 
 def test_each_part_can_be_switched_off():
