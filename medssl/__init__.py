@@ -29,8 +29,8 @@ for adam and adamw), weight_decay, batch, epochs, warmup (epochs), views (a name
 where the paper has them options (of the optimiser), clip, weight_decay_end, views_small.
 
 A file's SMALL holds what the method needs in a short run of a small network on small images, with the measurement that
-chose it: words of its constructor, and where RECIPE's or the run's do not do, views, lr, batch and stem. It may be
-empty.
+chose it: words of its constructor, and where RECIPE's or the run's do not do, views, lr, batch, stem and the least
+number of steps. It may be empty.
 
 Small functions such as mlp stand in every method file that uses them, so that one file can be copied; a test holds the
 copies equal. A header has four paragraphs: the idea, the algorithm, the shapes, the differences (Paper, Released code,

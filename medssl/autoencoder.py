@@ -21,7 +21,7 @@ Differences. Study: the work that RECIPE follows.
 - Networks. Study: a plain U-Net with max pooling, with or without skip connections. Here: encoder and decoder are
   handed in.
 - Flips. Study in 3D: up to three draws of an axis, each with probability 0.4. Its 2D code: one flip, with 0.4. Here:
-  left-right and up-down, each with 0.5.
+  left-right and up-down, each with 0.2.
 - Schedule. Study: half the rate every 40 epochs, or when the loss stands still. Here: a cosine.
 - Accumulation of gradients (one optimiser step from several micro-batches). Here: it equals a larger batch but for
   BatchNorm's statistics.

@@ -32,7 +32,7 @@ Settings of the works that use it, as words of train.py:
     --set momentum=0.996 momentum_end=0.996 hidden=512 predictor_hidden=512 dim=256
     --optimizer sgd --lr 2e-3 --weight-decay 1e-4 --batch 128 --epochs 600
   Kalapos and Gyires-Toth 2022, 2D segmentation, from random weights; from ImageNet's: 25 epochs, and the target is kept
-    --set momentum=0.99 hidden=4096 predictor_hidden=8192 --optimizer lars --options trust=0.02 clip=True --lr 1.0
+    --set momentum=0.99 hidden=4096 predictor_hidden=8192 --optimizer lars --options trust=0.02 trust_clip=True --lr 1.0
     --weight-decay 1e-5 --batch 128 --epochs 400 --warmup 10 --views mri
   Wolf et al. 2023, small CT sets
     --set momentum=0.996 hidden=4096 predictor_hidden=4096 --optimizer adam --lr 1e-3

@@ -37,7 +37,7 @@ RECIPE = {                       # Zhang et al. 2023, the released settings
     "batch": 16,                 # 2D; 2 in 3D
     "epochs": 1000,              # at most, the study stops early; its rate drops tenfold at epoch 250, here a cosine
     "warmup": 0,
-    "views": "plain",
+    "views": "plain",            # on its fundus photographs (the 2D set): "fundus_mild"
     "size": 512,
 }
 

@@ -26,7 +26,7 @@ Differences. Study: the work that RECIPE follows.
   embeddings of the large crops join the batch in Eq. 2 as soon as the queue is full.
 - BatchNorm. Released code and here: the large crops of a process share statistics, the small ones share theirs, and the
   projector sees all crops at once.
-- LARS. Study: biases and norms are scaled by it and decay, too. Here: never.
+- LARS. Study: biases and norms are scaled by it and decay, too. Here: not, unless with `--options decay_all=True`.
 - Several processes. Here: all embeddings are gathered with gradient, so the codes share out the whole batch.
 - Accumulation of gradients (one optimiser step from several micro-batches). Here: the codes share out one micro-batch;
   where it is small beside K, use the queue.

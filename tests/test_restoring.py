@@ -52,7 +52,7 @@ def test_genesis_leaves_the_target_alone_but_for_flips():
     torch.manual_seed(0)
     images = torch.rand(12, 2, 40, 40)
     original = images.clone()
-    distorted, target = Genesis(tiny_encoder(), augment.build("flips", 40), None).views(images)
+    distorted, target = Genesis(tiny_encoder(), augment.Augment(40, flip=0.5, flip_vertical=0.5), None).views(images)
     assert torch.equal(images, original)
     flips = torch.stack([images.flip(dims) for dims in ((), (2,), (3,), (2, 3))])
     which = ((target - flips).abs().amax((2, 3, 4)) < 1e-4).int()           # (4, 12)

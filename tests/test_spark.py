@@ -379,7 +379,7 @@ def test_one_clear_line(words, size, line):
 
 
 def test_a_decoder_for_other_channels_is_refused_in_words():
-    with pytest.raises(ValueError, match=r"the images have 3 channels, the decoder paints 1: build SparK\(..., channels=3\)"):
+    with pytest.raises(ValueError, match=r"have 3 channels, the decoder paints 1: build SparK\(..., channels=3\)"):
         SparK(tiny_encoder(3), lambda x: x, width=32).views(batch(2, 3))
 
 
