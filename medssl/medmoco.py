@@ -31,28 +31,21 @@ Shapes. images (B, C, H, W) -> two views (B, C, h, w), key order and patients (B
 both views (B, R * 9, 2), which regions are valid (B, R) -> unit q, k (B, D) and u, v (B, R, D) -> one number.
 
 Differences. The paper is known to us by its abstract and by the first author's later code, and these two disagree.
-- Whitening. Abstract: the final feature map, by its eigenvectors. Released code: IterNorm (W approached by a few Newton
+- Whitening. Abstract: the final feature map, by its eigenvectors. Released code: IterNorm (W approached by five Newton
   steps) in the place of the last BatchNorm of the last block, before the shortcut is added, so that what is pooled is
-  not white; its five steps on one group of 2048 channels reach only directions with more than 4 % of the variance.
-  Here: the pooled feature itself, in groups, exactly (`decorrelation="zca"`) or by IterNorm ("iternorm"), by statistics
-  of the batch alone; nothing of it stays in the encoder.
-- Local term. Released code: without a gradient; it cuts squares out of the input images, down the left edge of crops
-  that do not match, and puts all of them into one softmax with one target, so it stays at ln 400. Here: (5), on matched
-  regions of a feature map; their number, T and local_weight are the code's.
-- Start. Released code: its main runs start from ImageNet weights. Here: random ones, unless `--init` brings others.
-- MoCo. Here: queue, patients and key chunks work as in moco.py, with 4 chunks where that has 8, so that whitening
-  groups can be wider.
-- Rate. Released code: it rises slowly. Here: a cosine.
-- Switches. Here: `decorrelation=None` and `regions=0` take the remedies out one by one; without both this is MoCo, at
-  the temperature and chunks given here.
+  not white; in one group of 2048 channels only directions with more than 4 % of the variance are reached. Here: the
+  pooled feature, in groups, exactly (`decorrelation="zca"`) or by IterNorm ("iternorm"), by statistics of the batch
+  alone; nothing of it stays in the encoder.
+- Local term. Released code: without a gradient; squares of the input images, down the left edge of crops that do not
+  match, all in one softmax with one target: it stays at ln 400. Here: (5), on matched regions of a feature map; their
+  number, T and local_weight are the code's.
+- Training. Released code: from ImageNet weights, at a rate that rises slowly. Here: from random ones, unless `--init`
+  brings others, along a cosine.
+- MoCo. Here: as in moco.py, with 4 key chunks where that has 8, so that whitening groups can be wider.
+  `decorrelation=None` and `regions=0` take the remedies out; without both this is MoCo, at the temperature given here.
 - Several processes. Here: keys enter everyone's queue; BatchNorm, whitening and regions stay each process's own.
 - Accumulation of gradients (one optimiser step from several micro-batches). Here: it leaves the number of negatives as
   it is, but whitens each micro-batch by itself.
-
-Settings of the works that use it, as words of train.py:
-  the first author's code (RECIPE)
-    --set queue_size=65536 momentum=0.999 temperature=0.2 dim=128 regions=20 local_weight=0.5
-    --optimizer sgd --lr 0.12 --weight-decay 1e-6 --batch 64 --epochs 300
 
 Measured: phantoms, tiny, 300 steps, 3 seeds: kNN .505 ± .051, linear .551 ± .070 (chance .25; RESULTS.md).
 """
@@ -98,7 +91,8 @@ class MedMoCo(nn.Module):
             raise ValueError(f"decorrelation={decorrelation}: choose zca, iternorm or None")
         if regions:
             needs_maps(encoder, "; or set regions=0")
-        if regions and augment is not None and not takes_geometry(augment):
+        asked = inspect.signature(augment).parameters.values() if regions and augment else ()
+        if asked and not any(word.name == "geometry" or word.kind is word.VAR_KEYWORD for word in asked):
             raise ValueError("the augmentation takes no geometry=True, so nobody knows where its views lie: let it "
                              "return views and theta (B, 2, 3), the map from view to image; or set regions=0")
         self.encoder, self.augment = encoder, augment
@@ -264,12 +258,6 @@ def matched_regions(theta1, theta2, regions):
     rows = torch.arange(len(theta1), device=theta1.device)[:, None]
     points1, points2 = (p.unflatten(1, (side ** 2, -1))[rows, chosen].flatten(1, 2) for p in (in_view1, in_view2))
     return points1, points2, shown[rows, chosen]                            # 2 x (B, R * 9, 2), (B, R)
-
-
-def takes_geometry(augment):
-    """May it be called as augment(images, geometry=True)?"""
-    words = inspect.signature(augment).parameters.values()
-    return any(word.name == "geometry" or word.kind is word.VAR_KEYWORD for word in words)
 
 
 def pool_regions(maps, points, regions, stride=1, pixels=None):

@@ -33,28 +33,18 @@ Shapes. images (B, C, H, W) -> views x1, x2 and the three targets (B, C, h, h), 
 "restored" is the first picture with R undone, so that it lies over x1.
 
 Differences. Study: the work that RECIPE follows.
-- Dimensions. Study: 7 bits in 3D, 6 in 2D. Here: 6.
 - Mixture. Study: the weights of features and of images are two draws, so that its target is not the mixture of what was
   mixed. Here: one alpha for both.
-- Contrast. Study: noise-contrastive estimation (each key is judged to be the partner or noise). Here: MoCo's softmax,
-  Eq. 5.
-- Projector. Study: its supplement has a hidden layer of 512, its code one of 128. Here: 512; `hidden=128` is the other.
+- Contrast. Study: noise-contrastive estimation (each key is judged to be the partner or noise). Here: MoCo's softmax.
+- Projector. Study: its supplement has a hidden layer of 512, its code one of 128. Here: 512; the other is `hidden=128`.
 - Blur. Study: on the views alone, with probability 0.4. Here: a part of the augmentation, so targets have it too.
 - Networks. Here: encoder and decoder are handed in; only the coarsest map is multiplied, so with skip connections the
   finer ones reach the decoder unturned.
-- Keys. Study and here: shuffled BatchNorm; here by chunks, as in moco.py.
-- Taken over from the study's code. One R for each of the three pictures, a linear decoder, one draw for both views of
-  whether and how they are painted, and a mixture whose embedding has no gradient and enters the queue.
+- Taken over from the study's code. R for each picture, a linear decoder, one draw for both views of whether and how
+  they are painted, and a mixture whose embedding has no gradient and enters the queue.
 - Several processes. Here: all keys enter everyone's queue.
 - Accumulation of gradients (one optimiser step from several micro-batches). Here: it leaves the number of negatives as
   it is; all micro-batches meet the same queue.
-
-Settings of the works that use it, as words of train.py:
-  Zhang et al. 2023, supplement (RECIPE)
-    --set hidden=512 dim=128 queue_size=16384 temperature=0.2 momentum=0.999 paint=0.9
-    --optimizer sgd --lr 8e-3 --weight-decay 1e-4 --batch 32 --epochs 240
-  the same, released code
-    --set hidden=128
 """
 
 import copy

@@ -20,8 +20,7 @@ Differences. Study: the work that RECIPE follows.
 - Patches. Study in 2D: 114 of a cell's 120 pixels. Here: gap and jitter share out the other six, as shares of a cell,
   so that they mean the same at every image size; a share above nought is at least one pixel. On small images the
   defaults leave a pixel or two between patches; a wider gap is, say, `gap=0.2 jitter=0.1`.
-- Colour. Paper: chromatic aberration, which gives the place in a photograph away, is removed. Here: it is not dealt
-  with.
+- Colour. Paper: chromatic aberration, which gives the place in a photograph away, is removed. Here: it is not.
 - Epochs. Study's 2D code: up to 100,000, a tenth of the rate from 150 on. Here: those of its rotation, and a cosine.
 - BatchNorm. Here: all patches of a batch pass the encoder together and share statistics.
 - Accumulation of gradients (one optimiser step from several micro-batches). Here: it equals a larger batch but for

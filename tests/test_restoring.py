@@ -345,7 +345,7 @@ def test_where_the_gradients_of_the_terms_go():
 
 def test_every_bit_of_a_control_vector_has_an_effect_on_its_own_picture():
     method = pcrl_method()
-    *views, codes, alpha, order = method.views(batch(5))
+    *views, codes, alpha, order = method.views(batch(3, size=32))
     one = method(*views, codes, alpha, order)
     terms = ("restoration", "restoration_key", "restoration_mix")
     for bit in range(6):
