@@ -15,7 +15,7 @@ The algorithm.
   R, R', R'' and c, c', c'' for the three pictures of Eq. 7                                                        (2)
   F = maps of the encoder f(x1), F' = maps of its slow copy f'(x2), M = alpha F + (1 - alpha) F' at every level,
   alpha = max(u, 1 - u), u uniform in [0, 1]                                                                       (3)
-  q, p = normalised g(pooled coarsest map of F, of M), k = normalised g'(the same of F'): projector g, slow copy g' (4)
+  q = normalised g(pooled coarsest map of F); k, p = normalised g'(the same of F', of M): projector g, slow copy g' (4)
   contrast = mean of -log [ exp(q.k / T) / (exp(q.k / T) + sum over queue rows n of exp(q.n / T)) ],
   contrast_mix: the same with p, as a constant, in place of k                                                      (5)
   restored = d(maps), after the coarsest map's channels were multiplied by sigmoid(e(c)):
@@ -27,6 +27,7 @@ The algorithm.
 Keys are encoded in shuffled order, in chunks with BatchNorm statistics of their own, as in MoCo. "chance" is Eq. 8 for
 a network that knows nothing: ln(K + 1), K the queue's length, and for each restoration the error of painting every
 picture evenly, in its mean. The contrast may reach 9.7 and the restorations are below 0.1, so look at them one by one.
+"accuracy" is low: mixtures in the queue hold features of the trained encoder and lie nearer to q than its own key.
 
 Shapes. images (B, C, H, W) -> views x1, x2 and the three targets (B, C, h, h), codes (B, 3, 6), alpha (B,), order (B,)
 -> maps (B, widths[i], h / strides[i], ...) -> unit q, k, p (B, D) and three pictures (B, C, h, h) -> one number.
@@ -41,7 +42,8 @@ Differences. Study: the work that RECIPE follows.
 - Networks. Here: encoder and decoder are handed in; only the coarsest map is multiplied, so with skip connections the
   finer ones reach the decoder unturned.
 - Taken over from the study's code. R for each picture, a linear decoder, one draw for both views of whether and how
-  they are painted, and a mixture whose embedding has no gradient and enters the queue.
+  they are painted, and a mixture whose embedding has no gradient and enters the queue. By which projector it is made
+  we do not know; here by the slow one, so that one projector made all rows of the queue.
 - Several processes. Here: all keys enter everyone's queue.
 - Accumulation of gradients (one optimiser step from several micro-batches). Here: it leaves the number of negatives as
   it is; all micro-batches meet the same queue.
@@ -111,8 +113,7 @@ class PCRL(nn.Module):
         mixed_maps = [share * new + (1 - share) * old for new, old in zip(maps, key_maps)]      # M of Eq. 3
         q = unit(self.projector(maps[-1].mean((2, 3))))                     # (B, D)  Eq. 4
         with torch.no_grad():
-            k = unit(self.key_projector(key_maps[-1].mean((2, 3))))         # (B, D)
-            p = unit(self.projector(mixed_maps[-1].mean((2, 3))))           # (B, D)
+            k, p = (unit(self.key_projector(levels[-1].mean((2, 3)))) for levels in (key_maps, mixed_maps))     # (B, D)
         out = {"contrast": info_nce(q, k, self.queue, self.temperature),    # Eq. 5
                "contrast_mix": info_nce(q, p, self.queue, self.temperature)}
         gates = self.control(codes).sigmoid().unbind(1)                     # 3 x (B, widths[-1])

@@ -39,7 +39,7 @@ LEVELS = {
     "autoencoder": (120, [], "loss / chance", "<", 0.8),
     "genesis": (120, [], "loss / chance", "<", 0.9),
     "rubik": (100, ["permutations=20"], "order_accuracy", ">", 0.8),
-    "pcrl": (100, ["queue_size=512", "momentum=0.99"], "accuracy", ">", 0.2),
+    "pcrl": (150, ["queue_size=512", "momentum=0.99"], "contrast / chance", "<", 0.98),
     "rotation+simclr": (80, [], "rotation.accuracy", ">", 0.8),
 }
 

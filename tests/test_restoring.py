@@ -316,7 +316,7 @@ def test_pcrl_terms_by_hand():
         assert torch.allclose(out["restoration" + name], (pictures[-1] - target).square().mean(), atol=1e-6)
     pooled = [maps[-1].mean((2, 3)) for maps in (new, old, mixed)]
     q, k, m = (F.normalize(head(z), dim=1) for head, z in
-               zip((method.projector, method.key_projector, method.projector), pooled))
+               zip((method.projector, method.key_projector, method.key_projector), pooled))
     assert torch.allclose(out["keys"], k, atol=1e-6)                        # whatever the order they were encoded in
     assert torch.allclose(out["mixed"], m, atol=1e-6) and not out["mixed"].requires_grad
     for name, key in (("contrast", k), ("contrast_mix", m)):
