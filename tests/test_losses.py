@@ -128,6 +128,7 @@ def test_byol_momentum_golden():
     found = [momentum_at(g["base_momentum"].item(), step / 50) for step in range(51)]
     same(torch.tensor(found, dtype=torch.float64), g["byol_momentum"])
     assert found[0] == 0.99 and found[-1] == 1
+    assert momentum_at(0.9, 0.5, end=0.96) == pytest.approx(0.93) and momentum_at(0.9, 1, end=0.96) == 0.96
 
 
 # Naive loops
@@ -245,6 +246,19 @@ def test_byol_target_follows_by_eq_3():
             assert progress < 1 or torch.equal(slow, old)                   # at the end the target stands still
 
 
+def test_byol_momentum_can_be_held():
+    method = small_byol(momentum=0.9, momentum_end=0.9)
+    slow, fast = method.target_encoder.conv1.weight.clone(), method.encoder.conv1.weight
+    method.after_step([], 1.0)
+    torch.testing.assert_close(method.target_encoder.conv1.weight, 0.9 * slow + 0.1 * fast)
+
+
+def test_simclr_projector_has_batch_norm_on_request():
+    for norm in (False, True):
+        layers = [type(layer) for layer in SimCLR(tiny_encoder(width=4), Flip(), norm=norm).projector]
+        assert layers == [nn.Linear] + [nn.BatchNorm1d] * norm + [nn.ReLU, nn.Linear]
+
+
 def test_byol_target_keeps_its_own_statistics_and_gets_no_gradient():
     method = small_byol()
     outs = method(*method.views(batch(6)))
@@ -303,7 +317,8 @@ def test_swav_crops_reach_the_loss_and_shape_no_code():
 
 
 def test_swav_makes_as_many_small_crops_as_told():
-    small = lambda images: F.interpolate(images, size=32)
+    def small(images):
+        return F.interpolate(images, size=32)
     method = SwAV(tiny_encoder(width=4), Flip(), small=small, crops=3, hidden=8, dim=4, prototypes=5)
     views = method.views(batch(6))
     assert [v.shape[2] for v in views] == [64, 64, 32, 32, 32]
@@ -349,8 +364,11 @@ def test_swav_queue_wraps_and_joins_the_codes_once_it_is_full():
     assert method.queued == 20
 
 
-@pytest.mark.parametrize("method, loss", ((SimCLR, lambda a, b: nt_xent(a, b, 0.3)),
-                                          (DCL, lambda a, b: (decoupled_loss(a, b, 0.3) + decoupled_loss(b, a, 0.3)) / 2)))
+def both_ways(a, b):
+    return (decoupled_loss(a, b, 0.3) + decoupled_loss(b, a, 0.3)) / 2
+
+
+@pytest.mark.parametrize("method, loss", ((SimCLR, lambda a, b: nt_xent(a, b, 0.3)), (DCL, both_ways)))
 def test_both_views_get_the_gradient_of_the_loss(method, loss):
     z = rows(5, 4).requires_grad_(), rows(5, 4, seed=1).requires_grad_()
     found, wanted = on_embeddings(method, 4, temperature=0.3)(*z)["loss"], loss(*z)
