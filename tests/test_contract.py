@@ -261,7 +261,7 @@ def test_an_encoder_without_maps_is_refused_with_the_same_sentence(name):
         setattr(encoder, missing.split(",")[0][1:], [])
 
 
-OPTIONS = {"trust_clip", "decay_all"}                                       # that are not words of every optimiser
+OPTIONS = {"decay_all"}                                                     # that are not words of every optimiser
 WORDY = ("--set", "--options", "--optimizer", "--views", "--encoder", "--stem")     # the others take a number
 WORKS = re.compile(r"Settings of the works that use it, as words of train.py:\n((?:  .*\n?)+)")
 
@@ -290,7 +290,7 @@ def test_headers_with_a_table_are_read():
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "together"])
 def test_settings_in_headers_can_be_set(name):
     """What a header tabulates is what a command can run; and a row of RECIPE says what RECIPE says."""
-    known = set(re.findall(r'"(--[a-z-]+)"', (ROOT / "train.py").read_text())) | {"--warmup", "--options"}
+    known = set(re.findall(r'"(--[a-z-]+)"', (ROOT / "train.py").read_text()))
     recipe = module(name).RECIPE
     for work, flags in settings(name):
         where = f"{name}.py, {work}"
