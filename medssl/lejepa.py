@@ -74,7 +74,7 @@ class LeJEPA(nn.Module):
         *crops, directions = views
         sizes = [group for group in (crops[:2], crops[2:]) if group]
         y = torch.cat([self.encoder(torch.cat(group)) for group in sizes])  # (V * B, encoder.dim)
-        z, = at_least_float32(self.projector(y))                            # (V * B, D)  Eq. 1
+        z = at_least_float32(self.projector(y))[0]                          # (V * B, D)  Eq. 1
         z = torch.stack(z.chunk(len(crops)), dim=1)                         # (B, V, D): all_ranks joins the first axis
         z_all = all_ranks(z).transpose(0, 1)                                # (V, ranks * B, D)
         directions = all_ranks(directions)[:len(directions)]                # (D, K) of the first process
@@ -93,13 +93,12 @@ def sigreg(z, directions, t_max, knots):
     z, directions = at_least_float32(z, directions)
     t = torch.linspace(0, t_max, knots, dtype=z.dtype, device=z.device)
     normal = torch.exp(-t ** 2 / 2)                                         # (knots,) its characteristic function
-    weights = 2 * t_max / (knots - 1) * normal                              # of both halves of the integral
-    weights[[0, -1]] /= 2                                                   # a trapezoid's ends
     with torch.autocast(z.device.type, enabled=False):
         angles = (z @ directions).unsqueeze(-1) * t                         # (V, N, K, knots)
     real, imaginary = angles.cos().mean(1), angles.sin().mean(1)            # (V, K, knots)
-    distance = (real - normal) ** 2 + imaginary ** 2                        # (V, K, knots)
-    return z.shape[1] * (distance * weights).sum(-1).mean()                 # Eq. 4
+    heights = ((real - normal) ** 2 + imaginary ** 2) * normal              # (V, K, knots)
+    integrals = 2 * torch.trapezoid(heights, t)                             # (V, K) twice, for t and -t
+    return z.shape[1] * integrals.mean()                                    # Eqs. 3 and 4
 
 
 def mlp(*widths, norm=True):

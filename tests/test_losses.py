@@ -2,6 +2,8 @@
 
 import cmath
 import copy
+import functools
+import itertools
 import math
 from pathlib import Path
 
@@ -178,12 +180,12 @@ def test_sigreg_is_the_loop_over_views_directions_and_knots():
     z, directions, t_max, knots, total = rows(2, 5, 3), rows(3, 4, seed=1), 2.5, 6, 0.0
     for view in z.tolist():
         for direction in directions.T.tolist():
-            shadows = [sum(x * a for x, a in zip(row, direction)) for row in view]
+            shadows = [sum(x * a for x, a in zip(row, direction, strict=True)) for row in view]
             heights = []
             for t in (t_max * i / (knots - 1) for i in range(knots)):
                 found = sum(cmath.exp(1j * t * p) for p in shadows) / 5
                 heights.append(abs(found - math.exp(-t * t / 2)) ** 2 * math.exp(-t * t / 2))
-            steps = [(a + b) / 2 * t_max / (knots - 1) for a, b in zip(heights, heights[1:])]
+            steps = [(a + b) / 2 * t_max / (knots - 1) for a, b in itertools.pairwise(heights)]
             total += 5 * 2 * sum(steps)                                     # twice: t and -t
     assert sigreg(z, directions, t_max, knots).item() == pytest.approx(total / 8, abs=1e-10)
 
@@ -293,7 +295,7 @@ def test_lejepa_chance_is_the_least_loss_of_one_embedding():
 
 def test_lejepa_draws_crops_and_directions_in_views():
     torch.manual_seed(0)
-    small = lambda images: F.interpolate(images, size=32)
+    small = functools.partial(F.interpolate, size=32)
     method = LeJEPA(tiny_encoder(width=4), Flip(), small=small, crops=3, hidden=8, dim=4, directions=10)
     *crops, directions = method.views(batch(6))
     assert [crop.shape[2] for crop in crops] == [64, 64, 32, 32, 32]
