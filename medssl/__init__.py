@@ -42,6 +42,7 @@ from .byol import BYOL
 from .dcl import DCL
 from .genesis import Genesis
 from .jigsaw import Jigsaw
+from .lejepa import LeJEPA
 from .medmoco import MedMoCo
 from .moco import MoCo
 from .pcrl import PCRL
@@ -56,8 +57,8 @@ from .together import Together
 from .vicreg import VICReg
 
 METHODS = {
-    "simclr": SimCLR, "dcl": DCL, "simsiam": SimSiam, "byol": BYOL, "vicreg": VICReg, "swav": SwAV, "moco": MoCo,
-    "medmoco": MedMoCo, "spark": SparK,
+    "simclr": SimCLR, "dcl": DCL, "simsiam": SimSiam, "byol": BYOL, "vicreg": VICReg, "lejepa": LeJEPA,
+    "swav": SwAV, "moco": MoCo, "medmoco": MedMoCo, "spark": SparK,
     "rotation": Rotation, "relative": Relative, "jigsaw": Jigsaw,
     "autoencoder": Autoencoder, "genesis": Genesis,
     "rubik": Rubik, "pcrl": PCRL, "together": Together,

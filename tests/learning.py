@@ -28,6 +28,7 @@ LEVELS = {
     "simsiam": (100, ["hidden=512", "dim=256"], "loss without collapse", "<", -0.4),
     "byol": (150, ["momentum=0.9"], "ranked", ">", 0.65),
     "vicreg": (150, ["dim=256", "hidden=256"], "ranked", ">", 0.65),
+    "lejepa": (150, ["hidden=256", "dim=64", "crops=0"], "ranked", ">", 0.65),
     "swav": (150, ["prototypes=20", "freeze=0", "crops=2", "epsilon=0.03"], "loss / chance", "<", 0.97),
     "moco": (150, ["queue_size=512", "momentum=0.99", "temperature=0.2"], "accuracy", ">", 0.1),
     "medmoco": (150, ["queue_size=512", "momentum=0.99"], "local", "<", 2.85),
