@@ -56,6 +56,8 @@ from .swav import SwAV
 from .together import Together
 from .vicreg import VICReg
 
+__version__ = "2.0.0"
+
 METHODS = {
     "simclr": SimCLR, "dcl": DCL, "simsiam": SimSiam, "byol": BYOL, "vicreg": VICReg, "lejepa": LeJEPA,
     "swav": SwAV, "moco": MoCo, "medmoco": MedMoCo, "spark": SparK,

@@ -65,6 +65,9 @@ class LeJEPA(nn.Module):
     def __init__(self, encoder, augment, small=None, crops=6, hidden=2048, dim=128, sigreg_weight=0.05,
                  directions=256, t_max=3.0, knots=17):
         super().__init__()
+        check(crops=(crops, 0, 100), hidden=(hidden, 1, 10 ** 5), dim=(dim, 1, 10 ** 5),
+              sigreg_weight=(sigreg_weight, 0.0, 1.0), directions=(directions, 1, 10 ** 5), t_max=(t_max, 1e-3, 1e3),
+              knots=(knots, 2, 1000))
         self.encoder, self.augment, self.small, self.crops = encoder, augment, small, crops
         self.sigreg_weight, self.shape, self.t_max, self.knots = sigreg_weight, (dim, directions), t_max, knots
         self.projector = mlp(encoder.dim, hidden, hidden, dim)
@@ -114,6 +117,14 @@ def mlp(*widths, norm=True):
     for fan_in, fan_out in zip(widths, widths[1:]):
         layers += [nn.Linear(fan_in, fan_out)] + [nn.BatchNorm1d(fan_out)] * norm + [nn.ReLU(inplace=True)]
     return nn.Sequential(*layers[:-2 if norm else -1])                      # the last layer stays linear
+
+
+def check(**words):
+    """word=(value, low, high): a ValueError in one line where a value is not from low to high, or not as whole."""
+    for word, (value, low, high) in words.items():
+        whole = isinstance(low, int)
+        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not low <= value <= high:
+            raise ValueError(f"{word}={value}: has to be a {'whole ' * whole}number from {low} to {high}")
 
 
 def at_least_float32(*tensors):
