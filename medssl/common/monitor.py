@@ -17,8 +17,7 @@ KNOWN, ASKED = 1500, 500                            # training images that a kNN
 
 
 class Monitor:
-    """first: the encoder before training, which the trained one has to beat; draws: whether this process is the one
-    that does."""
+    """first: the encoder before training, which the trained one has to beat; draws: whether this process does."""
 
     def __init__(self, first, dataset, rows, device, config, draws=True):
         self.every = max(1, config.steps // 10 // config.log_every) * config.log_every
