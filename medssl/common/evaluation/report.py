@@ -20,8 +20,8 @@ from .scores import Gain, gain, never_predicted, steps_to
 from .study import Cell
 from .tasks import SPEED, TASKS, WORDS
 
-LEGEND = """[ ]: 95 % when the test patients are drawn anew; ±: standard deviation over seeds; P: share of those draws in
-which the gain is not above 0, and in how many seeds it is above 0; *: settled, that is larger than what the draw of
+LEGEND = """[ ]: 95 % when the test patients are drawn anew; ±: standard deviation over seeds; P: share of those draws
+in which the gain is not above 0, and in how many seeds it is above 0; *: settled, that is larger than what the draw of
 test patients and of seeds make of no gain at all (95 %; seeds are those of the read-outs, not of pretraining)"""
 
 
