@@ -67,8 +67,8 @@ def defaults(cls):
 
 def case(words):
     """A training command as a case of a test, named after its run."""
-    marks = [pytest.mark.xfail(strict=True, reason=f"{word} is promised, and refused") for word in REFUSED if word in words]
-    return pytest.param(words, id=words[-1], marks=marks)
+    refused = [pytest.mark.xfail(strict=True, reason=f"{word} is refused") for word in REFUSED if word in words]
+    return pytest.param(words, id=words[-1], marks=refused)
 
 
 @pytest.mark.parametrize("words", list(map(case, commands("train.py"))))
