@@ -21,7 +21,6 @@ ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/papers.md").read_text()
 SECTIONS = dict(re.findall(r"^##+ (.*)\n((?:(?!##).*\n)*)", PAGE, re.M))
 COMMAND = re.compile(r"python (train\.py|evaluate\.py|-m medssl\.common\.data)(?: (.*))?$", re.M)
-REFUSED = ("decay_all=True", "decorrelation=None")      # in README and headers, but cli.py and settings.py refuse them
 BY_HAND = {"candidates", "brain", "organsmnist.npz"}                        # sets that no command of the page prepares
 WORKS = ("Zhang", "Chattopadhyay", "Kalapos", "Wolf", "the same")           # in the settings tables of headers
 
@@ -67,8 +66,7 @@ def defaults(cls):
 
 def case(words):
     """A training command as a case of a test, named after its run."""
-    refused = [pytest.mark.xfail(strict=True, reason=f"{word} is refused") for word in REFUSED if word in words]
-    return pytest.param(words, id=words[-1], marks=refused)
+    return pytest.param(words, id=words[-1])
 
 
 @pytest.mark.parametrize("words", list(map(case, commands("train.py"))))

@@ -108,7 +108,7 @@ def read_settings(pairs, flag="--set"):
     return settings
 
 
-KINDS = {bool: bool, int: int, float: (int, float), str: str}  # kind of a default -> what may replace it
+KINDS = {bool: bool, int: int, float: (int, float), str: (str, type(None))}  # kind of a default -> what may replace it
 
 
 def check_settings(settings, signature, reserved, what):
