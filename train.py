@@ -45,6 +45,8 @@ def main(argv=None):
     say(headline(settings, cost))
     dataset = data.load(settings.data, settings.size, settings.channels, settings.label, settings.cache)
     rows = dataset.rows("train", "unlabeled")
+    if not len(rows):
+        raise UserError(f"{settings.data}: no image to learn from, none is of the split train or unlabeled")
     method, first = assemble(settings, dataset, say)
     say(f"{len(rows)} images {'x'.join(map(str, dataset.images.shape[1:]))} of {dataset.name}, "
         f"{sum(p.numel() for p in first.parameters()) / 1e6:.1f} M weights in {settings.encoder}, on {device}")

@@ -17,10 +17,16 @@ Shapes. images (B, C, H, W) -> flipped images x (B, C, h, w) -> maps (B, widths[
 picture y (B, C, h, w) -> one number. A decoder's output that is larger than the image (h no multiple of the stride) is
 cut to its size.
 
-Differences. Encoder and decoder are handed in; the study's are a plain U-Net with max pooling, with or without skip
-connections. Each of the two flips has probability 0.5, while the study draws up to three axes, each with 0.4. Its rate
-is halved every 40 epochs (or when the loss stands still), ours follows a cosine. Accumulation of gradients (one
-optimiser step from several micro-batches) equals a larger batch but for BatchNorm's statistics.
+Differences. Study: the work that RECIPE follows.
+- Networks. Study: a plain U-Net with max pooling, with or without skip connections. Here: encoder and decoder are
+  handed in.
+- Flips. Study in 3D: up to three draws of an axis, each with probability 0.4. Its 2D code: one flip, with 0.4. Here:
+  left-right and up-down, each with 0.2.
+- Schedule. Study: half the rate every 40 epochs, or when the loss stands still. Here: a cosine.
+- Accumulation of gradients (one optimiser step from several micro-batches). Here: it equals a larger batch but for
+  BatchNorm's statistics.
+
+Measured: phantoms, tiny, 300 steps, 3 seeds: kNN .391 ± .055, linear .451 ± .034 (chance .25; RESULTS.md).
 """
 
 import torch
@@ -38,12 +44,15 @@ RECIPE = {                       # Zhang et al. 2023, the released settings for 
     "size": 512,
 }
 
+SMALL = {}                       # as in RECIPE: error .042 after 300 steps on phantoms, an even picture .053 (RESULTS)
+
 
 class Autoencoder(nn.Module):
     """Paint the image again."""
 
     def __init__(self, encoder, augment, decoder):
         super().__init__()
+        needs_maps(encoder)
         self.encoder, self.augment, self.decoder = encoder, augment, decoder
 
     @torch.no_grad()
@@ -67,6 +76,15 @@ def picture(raw, image):
 def grey_error(images):
     """The mean squared error of painting each channel of each image evenly, in its mean."""
     return images.var((2, 3), correction=0).mean()
+
+
+def needs_maps(encoder, or_else=""):
+    """A ValueError in one line where the encoder does not say what its maps are."""
+    missing = [f".{word}" for word in ("features", "widths", "strides") if not hasattr(encoder, word)]
+    if missing:
+        raise ValueError(f"the encoder has no {', '.join(missing)}, and this method looks at places: give the encoder "
+                         ".features(x) -> maps (B, C, h, w), fine to coarse, .widths (C of each) and .strides (pixels "
+                         f"between two cells of each){or_else}")
 
 
 def at_least_float32(*tensors):

@@ -19,18 +19,25 @@ is the loss of painting each image evenly, in the mean of each of its channels.
 Shapes. images (B, C, H, W) -> distorted and target (B, C, h, w) -> maps (B, widths[i], h / strides[i], w / strides[i])
 -> picture y (B, C, h, w) -> one number. A decoder's output that is larger than the image is cut to its size.
 
-Differences. Every image has its own curve, blocks and boxes; all are drawn for the whole batch at once. The curve and
-the shuffle treat all channels of an image alike, noise is drawn for each. The released code shuffles 10,000 random
-blocks one after the other, each time taking the pixels from the unshuffled image. A pixel then keeps what the last
-block over it brings; a larger block lies over more pixels, so the chance that this last block has h x w pixels is
-proportional to h w. In 2D each pixel is covered about 25 times. Our one pass cuts the image along random rows and
-columns into rectangles whose sides are drawn like the blocks' (1 to a tenth of the image), and permutes each. There,
-too, the chance to lie in a rectangle of h x w pixels is proportional to h w, so a value comes from as far away as in
-the original; but the rectangles stand side by side in rows and columns, which can be seen, and no value is lost or
-doubled. Boxes keep their distance to the border in proportion (3 pixels of 64). In the study that RECIPE follows the
-rate is halved every 40 epochs, ours follows a cosine; the study's network is a plain U-Net with or without skip
-connections. Accumulation of gradients (one optimiser step from several micro-batches) equals a larger batch but for
-BatchNorm's statistics.
+Differences. Study: the work that RECIPE follows.
+- Draws. Here: every image has its own curve, blocks and boxes, drawn for the whole batch at once. Curve and shuffle
+  treat all channels of an image alike, noise is drawn for each.
+- Shuffle. Released code, and study in 3D: 10,000 random blocks one after the other, each time with pixels of the
+  unshuffled image. A pixel then keeps what the last block over it brings; a larger block lies over more pixels, so the
+  chance that this last block has h x w pixels is proportional to h w. In 2D each pixel is covered about 25 times. Here:
+  one pass cuts the image along random rows and columns into rectangles whose sides are drawn like the blocks' (1 to a
+  tenth of the image), and permutes each. There, too, the chance to lie in a rectangle of h x w pixels is proportional
+  to h w, so a value comes from as far away; but the rectangles stand side by side in rows and columns, which can be
+  seen, and no value is lost or doubled.
+- Shuffle in the study's 2D code: 500 blocks, in the first channel only, which leave about a third of the pixels in
+  place. Here: as in 3D.
+- Boxes. Here: they keep their distance to the border in proportion (3 pixels of 64).
+- Schedule. Study: half the rate every 40 epochs. Here: a cosine.
+- Networks. Study: a plain U-Net with or without skip connections. Here: encoder and decoder are handed in.
+- Accumulation of gradients (one optimiser step from several micro-batches). Here: it equals a larger batch but for
+  BatchNorm's statistics.
+
+Measured: phantoms, tiny, 300 steps, 3 seeds: kNN .383 ± .049, linear .478 ± .045 (chance .25; RESULTS.md).
 """
 
 import torch
@@ -48,12 +55,17 @@ RECIPE = {                       # Zhang et al. 2023, the released settings for 
     "size": 512,
 }
 
+SMALL = {}                       # as in RECIPE: error .050 after 300 steps on phantoms, an even picture .053 (RESULTS)
+
 
 class Genesis(nn.Module):
     """Undo distortions. shuffle, intensity, paint: their probabilities; in_share: the share of in-painting in paint."""
 
     def __init__(self, encoder, augment, decoder, shuffle=0.5, intensity=0.9, paint=0.9, in_share=0.2):
         super().__init__()
+        check(shuffle=(shuffle, 0.0, 1.0), intensity=(intensity, 0.0, 1.0), paint=(paint, 0.0, 1.0),
+              in_share=(in_share, 0.0, 1.0))
+        needs_maps(encoder)
         self.encoder, self.augment, self.decoder = encoder, augment, decoder
         self.shuffle, self.intensity, self.paint, self.in_share = shuffle, intensity, paint, in_share
 
@@ -162,6 +174,23 @@ def picture(raw, image):
 def grey_error(images):
     """The mean squared error of painting each channel of each image evenly, in its mean."""
     return images.var((2, 3), correction=0).mean()
+
+
+def check(**words):
+    """word=(value, low, high): a ValueError in one line where a value is not from low to high, or not as whole."""
+    for word, (value, low, high) in words.items():
+        whole = isinstance(low, int)
+        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not low <= value <= high:
+            raise ValueError(f"{word}={value}: has to be a {'whole ' * whole}number from {low} to {high}")
+
+
+def needs_maps(encoder, or_else=""):
+    """A ValueError in one line where the encoder does not say what its maps are."""
+    missing = [f".{word}" for word in ("features", "widths", "strides") if not hasattr(encoder, word)]
+    if missing:
+        raise ValueError(f"the encoder has no {', '.join(missing)}, and this method looks at places: give the encoder "
+                         ".features(x) -> maps (B, C, h, w), fine to coarse, .widths (C of each) and .strides (pixels "
+                         f"between two cells of each){or_else}")
 
 
 def at_least_float32(*tensors):

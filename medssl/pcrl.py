@@ -9,36 +9,44 @@ which flips and quarter turns the result shall differ from the view. A mixture o
 the mixture of both pictures.
 
 The algorithm.
-  a, b = two crops of the image; x1, x2 = a, b with noise in boxes or around them, each with probability 0.4       (1)
-  R: a flip left-right and up-down, each or not, then one of four quarter turns; c = its code, 2 + 4 bits          (2)
+  a, b = two crops of the image; with probability 0.9 both get noise, in boxes (0.2 of these) or around them:
+  x1, x2                                                                                                           (1)
+  R: a flip left-right and up-down, each or not, then one of four quarter turns; c = its code, 2 + 4 bits;
+  R, R', R'' and c, c', c'' for the three pictures of Eq. 7                                                        (2)
   F = maps of the encoder f(x1), F' = maps of its slow copy f'(x2), M = alpha F + (1 - alpha) F' at every level,
   alpha = max(u, 1 - u), u uniform in [0, 1]                                                                       (3)
-  q, p = normalised g(pooled coarsest map of F, of M), k = normalised g'(the same of F'): projector g, slow copy g' (4)
+  q = normalised g(pooled coarsest map of F); k, p = normalised g'(the same of F', of M): projector g, slow copy g' (4)
   contrast = mean of -log [ exp(q.k / T) / (exp(q.k / T) + sum over queue rows n of exp(q.n / T)) ],
-  contrast_mix: the same with p in place of k                                                                      (5)
-  restored = sigmoid(d(maps)), after the coarsest map's channels were multiplied by sigmoid(e(c)):
+  contrast_mix: the same with p, as a constant, in place of k                                                      (5)
+  restored = d(maps), after the coarsest map's channels were multiplied by sigmoid(e(c)):
   decoder d, small network e (`control`)                                                                           (6)
-  restoration, _key, _mix = mean squares of restored from F, F', M minus R(a), R(b), alpha R(a) + (1 - alpha) R(b) (7)
+  restoration, _key, _mix = mean squares of restored from F and c, F' and c', M and c''
+  minus R(a), R'(b), R''(alpha a + (1 - alpha) b)                                                                  (7)
   loss = (contrast + contrast_mix) / 2 + (restoration + restoration_key + restoration_mix) / 3                     (8)
-  f' <- momentum f' + (1 - momentum) f, likewise g'; k replaces the queue's oldest rows     after the step          (9)
+  f' <- momentum f' + (1 - momentum) f, likewise g'; k and p replace the queue's oldest rows    after the step     (9)
 Keys are encoded in shuffled order, in chunks with BatchNorm statistics of their own, as in MoCo. "chance" is Eq. 8 for
 a network that knows nothing: ln(K + 1), K the queue's length, and for each restoration the error of painting every
 picture evenly, in its mean. The contrast may reach 9.7 and the restorations are below 0.1, so look at them one by one.
-In short runs (250 steps, small network, 64 pixels) the decoder hardly follows c: the contrast outweighs it.
+"accuracy" is low: mixtures in the queue hold features of the trained encoder and lie nearer to q than its own key.
 
-Shapes. images (B, C, H, W) -> views x1, x2 and targets R(a), R(b) (B, C, h, h), codes c (B, 6), alpha (B,), order (B,)
+Shapes. images (B, C, H, W) -> views x1, x2 and the three targets (B, C, h, h), codes (B, 3, 6), alpha (B,), order (B,)
 -> maps (B, widths[i], h / strides[i], ...) -> unit q, k, p (B, D) and three pictures (B, C, h, h) -> one number.
 "restored" is the first picture with R undone, so that it lies over x1.
 
-Differences. In 2D, as in Zhang et al. 2023, with 6 bits instead of 7. Image and features are mixed with the same alpha;
-the released code drew two, so that its target was not the mixture of what was mixed. The released code's contrast is
-noise-contrastive estimation (each key is judged to be the partner or noise); here it is MoCo's softmax (5). The
-projector's 512 is the supplement's, the released code has 128. One R serves both crops and the mixture. The mixture's
-embedding carries gradient, and painting is split as in Genesis, 0.2 inside (both are our reading of the paper). In the
-released code the blur falls on the views alone; here it is a part of the augmentation, so targets have it too. Encoder
-and decoder are handed in; only the coarsest map is multiplied, so with skip connections the finer ones reach the
-decoder unturned. Across processes all keys enter everyone's queue. Gradient accumulation (one optimiser step from
-several micro-batches) leaves the number of negatives as it is: all micro-batches meet the same queue.
+Differences. Study: the work that RECIPE follows.
+- Mixture. Study: the weights of features and of images are two draws, so that its target is not the mixture of what was
+  mixed. Here: one alpha for both.
+- Contrast. Study: noise-contrastive estimation (each key is judged to be the partner or noise). Here: MoCo's softmax.
+- Projector. Study: its supplement has a hidden layer of 512, its code one of 128. Here: 512; the other is `hidden=128`.
+- Blur. Study: on the views alone, with probability 0.4. Here: a part of the augmentation, so targets have it too.
+- Networks. Here: encoder and decoder are handed in; only the coarsest map is multiplied, so with skip connections the
+  finer ones reach the decoder unturned.
+- Taken over from the study's code. R for each picture, a linear decoder, one draw for both views of whether and how
+  they are painted, and a mixture whose embedding has no gradient and enters the queue. By which projector it is made
+  we do not know; here by the slow one, so that one projector made all rows of the queue.
+- Several processes. Here: all keys enter everyone's queue.
+- Accumulation of gradients (one optimiser step from several micro-batches). Here: it leaves the number of negatives as
+  it is; all micro-batches meet the same queue.
 """
 
 import copy
@@ -60,13 +68,22 @@ RECIPE = {                       # Zhang et al. 2023, the released settings for 
     "size": 224,
 }
 
+SMALL = {
+    "queue_size": 256,           # as in moco.py, for two rows an image; not measured against other values
+    "momentum": 0.9,
+}
+
 
 class PCRL(nn.Module):
     """Contrast and mixture of two views, and restoration under a control vector."""
 
     def __init__(self, encoder, augment, decoder, hidden=512, dim=128, queue_size=16384, temperature=0.2,
-                 momentum=0.999, bn_chunks=8, paint=0.4):
+                 momentum=0.999, bn_chunks=8, paint=0.9):
         super().__init__()
+        check(hidden=(hidden, 1, 10 ** 5), dim=(dim, 1, 10 ** 5), queue_size=(queue_size, 1, 10 ** 7),
+              temperature=(temperature, 1e-3, 1e3), momentum=(momentum, 0.0, 1.0), bn_chunks=(bn_chunks, 1, 10 ** 6),
+              paint=(paint, 0.0, 1.0))
+        needs_maps(encoder)
         self.encoder, self.augment, self.decoder = encoder, augment, decoder
         self.temperature, self.momentum, self.bn_chunks, self.paint = temperature, momentum, bn_chunks, paint
         self.projector = mlp(encoder.dim, hidden, dim, norm=False)
@@ -79,34 +96,38 @@ class PCRL(nn.Module):
     @torch.no_grad()
     def views(self, images):
         a, b, count, device = self.augment(images), self.augment(images), len(images), images.device
-        x1, x2 = (sometimes(self.paint, sometimes(0.2, in_paint(x), out_paint(x)), x) for x in (a, b))  # Eq. 1
-        flips, turns = torch.rand(count, 2, device=device) < 0.5, torch.randint(4, (count,), device=device)
-        code = torch.cat([flips, F.one_hot(turns, 4)], 1).to(images.dtype)  # (B, 6)  Eq. 2
+        painted, inside = (torch.rand(count, 1, 1, 1, device=device) < share for share in (self.paint, 0.2))
+        x1, x2 = (torch.where(painted, torch.where(inside, in_paint(x), out_paint(x)), x) for x in (a, b))  # Eq. 1
+        flips, turns = torch.rand(count, 3, 2, device=device) < 0.5, torch.randint(4, (count, 3), device=device)
+        codes = torch.cat([flips, F.one_hot(turns, 4)], 2).to(images.dtype)                     # (B, 3, 6)  Eq. 2
         alpha = torch.rand(count, device=device)
         alpha = torch.maximum(alpha, 1 - alpha)                             # (B,)  Eq. 3
+        share = alpha.view(-1, 1, 1, 1)
+        pictures = a, b, share * a + (1 - share) * b                        # 3 x (B, C, h, h)
         order = torch.randperm(count, device=device)                        # (B,)  in which keys are encoded
-        return x1, x2, transform(a, code), transform(b, code), code, alpha, order
+        return x1, x2, *(transform(x, code) for x, code in zip(pictures, codes.unbind(1))), codes, alpha, order
 
-    def forward(self, x1, x2, target1, target2, code, alpha, order):
+    def forward(self, x1, x2, target, target_key, target_mix, codes, alpha, order):
         share = alpha.view(-1, 1, 1, 1)
         maps, key_maps = self.encoder.features(x1), self.encode_keys(x2, order)
-        mixed_maps = [share * new + (1 - share) * old for new, old in zip(maps, key_maps)]              # M of Eq. 3
-        mixed_target = share * target1 + (1 - share) * target2              # (B, C, h, h)
-        q, mixed = (unit(self.projector(levels[-1].mean((2, 3)))) for levels in (maps, mixed_maps))     # (B, D)  q, p
+        mixed_maps = [share * new + (1 - share) * old for new, old in zip(maps, key_maps)]      # M of Eq. 3
+        q = unit(self.projector(maps[-1].mean((2, 3))))                     # (B, D)  Eq. 4
         with torch.no_grad():
-            k = unit(self.key_projector(key_maps[-1].mean((2, 3))))         # (B, D)
+            k, p = (unit(self.key_projector(levels[-1].mean((2, 3)))) for levels in (key_maps, mixed_maps))     # (B, D)
         out = {"contrast": info_nce(q, k, self.queue, self.temperature),    # Eq. 5
-               "contrast_mix": info_nce(q, mixed, self.queue, self.temperature)}
-        gate = self.control(code).sigmoid()[:, :, None, None]               # (B, widths[-1], 1, 1)
-        targets, pictures = (target1, target2, mixed_target), []
-        for name, levels, target in zip(("", "_key", "_mix"), (maps, key_maps, mixed_maps), targets):
-            pictures.append(picture(self.decoder([*levels[:-1], levels[-1] * gate]), target))           # Eq. 6
-            out["restoration" + name] = F.mse_loss(pictures[-1], target)    # Eq. 7
+               "contrast_mix": info_nce(q, p, self.queue, self.temperature)}
+        gates = self.control(codes).sigmoid().unbind(1)                     # 3 x (B, widths[-1])
+        targets, restored = (target, target_key, target_mix), []
+        for name, levels, gate, wanted in zip(("", "_key", "_mix"), (maps, key_maps, mixed_maps), gates, targets):
+            raw, = at_least_float32(self.decoder([*levels[:-1], levels[-1] * gate[:, :, None, None]]))      # Eq. 6
+            restored.append(raw[:, :, :wanted.shape[2], :wanted.shape[3]])  # (B, C, h, h)
+            out["restoration" + name] = F.mse_loss(restored[-1], wanted)    # Eq. 7
         accuracy, chance = contrast_scores(q.detach(), k, self.queue)
         out["loss"] = ((out["contrast"] + out["contrast_mix"]) / 2          # Eq. 8
                        + (out["restoration"] + out["restoration_key"] + out["restoration_mix"]) / 3)
-        return out | {"chance": chance + sum(grey_error(target) for target in targets) / 3, "accuracy": accuracy,
-                      "keys": k, "embedding": q.detach(), "restored": undo(pictures[0].detach(), code)}
+        return out | {"chance": chance + sum(grey_error(wanted) for wanted in targets) / 3, "accuracy": accuracy,
+                      "keys": k, "mixed": p, "embedding": q.detach(),
+                      "restored": undo(restored[0].detach().clamp(0, 1), codes[:, 0])}
 
     @torch.no_grad()
     def encode_keys(self, x, order):
@@ -119,7 +140,7 @@ class PCRL(nn.Module):
         ema_update(self.key_encoder, self.encoder, self.momentum)           # Eq. 9
         ema_update(self.key_projector, self.projector, self.momentum)
         for out in outs:
-            keys = all_ranks(out["keys"])
+            keys = torch.cat([all_ranks(out["keys"]), all_ranks(out["mixed"])])
             rows = queue_rows(self.pointer, len(keys), len(self.queue))
             self.queue[rows] = keys[-len(rows):].to(self.queue.dtype)
             self.pointer.copy_((self.pointer + len(keys)) % len(self.queue))
@@ -176,18 +197,6 @@ def boxes(images, low, high, sure):
         place = torch.arange(length, device=images.device).view(shape)
         inside = inside & (place >= start) & (place < start + side)         # (B, 5, H, W) after the second side
     return inside.any(1, keepdim=True)                                      # (B, 1, H, W)
-
-
-def sometimes(probability, changed, original):
-    """Each image of (B, C, H, W) changed with this probability, else as it was."""
-    chosen = torch.rand(len(original), 1, 1, 1, device=original.device) < probability
-    return torch.where(chosen, changed, original)
-
-
-def picture(raw, image):
-    """A decoder's raw output as a picture in [0, 1], cut to the size of `image` (B, C, H, W)."""
-    raw, = at_least_float32(raw[:, :, :image.shape[2], :image.shape[3]])
-    return raw.sigmoid()                                                    # (B, C, H, W)
 
 
 def grey_error(images):
@@ -249,6 +258,23 @@ def ema_update(slow, fast, momentum):
     """slow <- momentum slow + (1 - momentum) fast, parameters only: each network keeps its own BatchNorm statistics."""
     for old, new in zip(slow.parameters(), fast.parameters()):
         old.lerp_(new, 1 - momentum)
+
+
+def check(**words):
+    """word=(value, low, high): a ValueError in one line where a value is not from low to high, or not as whole."""
+    for word, (value, low, high) in words.items():
+        whole = isinstance(low, int)
+        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not low <= value <= high:
+            raise ValueError(f"{word}={value}: has to be a {'whole ' * whole}number from {low} to {high}")
+
+
+def needs_maps(encoder, or_else=""):
+    """A ValueError in one line where the encoder does not say what its maps are."""
+    missing = [f".{word}" for word in ("features", "widths", "strides") if not hasattr(encoder, word)]
+    if missing:
+        raise ValueError(f"the encoder has no {', '.join(missing)}, and this method looks at places: give the encoder "
+                         ".features(x) -> maps (B, C, h, w), fine to coarse, .widths (C of each) and .strides (pixels "
+                         f"between two cells of each){or_else}")
 
 
 def at_least_float32(*tensors):

@@ -12,11 +12,16 @@ A network that knows nothing scores ln 4.
 
 Shapes. images (B, C, H, W), H = W -> turned images (B, C, h, w) and turns (B,) -> one number.
 
-Differences. The original shows all four turns of each image in one batch; here, as in the study of ten pretext tasks on
-medical images that RECIPE follows, each image is turned once at random. In 3D that study has ten classes (identity, and
-three turns about each axis); in 2D four remain. The augmentation should not rotate: a random angle on top would blur
-the label. Accumulation of gradients (one optimiser step from several micro-batches) equals a larger batch but for
-BatchNorm's statistics.
+Differences. Study: the work that RECIPE follows.
+- Turns. Paper: all four of each image in one batch. Study and here: one an image, at random.
+- Classes. Study in 3D: ten (identity, and three turns about each axis). Study in 2D, and here: four.
+- Augmentation. Study's 2D code: crops of 0.85 to 1.15 and a colour jitter, each with probability 0.5, twice. Here:
+  none. It should not rotate: a random angle on top would blur the label.
+- Schedule. Study: a tenth of the rate from epoch 250 on, and it stops early. Here: a cosine.
+- Accumulation of gradients (one optimiser step from several micro-batches). Here: it equals a larger batch but for
+  BatchNorm's statistics.
+
+Measured: phantoms, tiny, 300 steps, 3 seeds: kNN .414 ± .034, linear .445 ± .103 (chance .25; RESULTS.md).
 """
 
 import math
@@ -32,9 +37,11 @@ RECIPE = {                       # Zhang et al. 2023, the released settings
     "batch": 16,                 # 2D; 2 in 3D
     "epochs": 1000,              # at most, the study stops early; its rate drops tenfold at epoch 250, here a cosine
     "warmup": 0,
-    "views": "plain",
+    "views": "plain",            # on its fundus photographs (the 2D set): "fundus_mild"
     "size": 512,
 }
+
+SMALL = {}                       # as in RECIPE: accuracy 1.00 after 300 steps on phantoms (RESULTS)
 
 
 class Rotation(nn.Module):
@@ -42,6 +49,7 @@ class Rotation(nn.Module):
 
     def __init__(self, encoder, augment, hidden=1024):
         super().__init__()
+        check(hidden=(hidden, 1, 10 ** 5))
         self.encoder, self.augment = encoder, augment
         self.head = mlp(encoder.dim, hidden, 4, norm=False)                 # pooled feature, 1024, 4 classes
 
@@ -75,6 +83,14 @@ def mlp(*widths, norm=True):
     for fan_in, fan_out in zip(widths, widths[1:]):
         layers += [nn.Linear(fan_in, fan_out)] + [nn.BatchNorm1d(fan_out)] * norm + [nn.ReLU(inplace=True)]
     return nn.Sequential(*layers[:-2 if norm else -1])                      # the last layer stays linear
+
+
+def check(**words):
+    """word=(value, low, high): a ValueError in one line where a value is not from low to high, or not as whole."""
+    for word, (value, low, high) in words.items():
+        whole = isinstance(low, int)
+        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not low <= value <= high:
+            raise ValueError(f"{word}={value}: has to be a {'whole ' * whole}number from {low} to {high}")
 
 
 def at_least_float32(*tensors):

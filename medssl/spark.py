@@ -12,7 +12,8 @@ so that one mask fits every finer scale exactly.
 The algorithm.
   active: round((1 - mask_ratio) n) of the n cells of each image, drawn at random; the others are hidden          (1)
   S_i = map i of the encoder on the visible cells, exactly zero elsewhere                                         (2)
-  D_i = projection_i(norm_i(S_i) at visible sites; at hidden ones token_i, a learned vector, the same everywhere)  (3)
+  D_i = projection_i(norm_i(S_i) at visible sites; at hidden ones token_i, a learned vector, the same everywhere);
+      the coarsest projection is the identity where its widths match                                            (3)
   y_i = up_i(y_(i+1) + D_i),   y = head(y_0)               coarse to fine, from 0 up to the size of the image      (4)
   target = (x - mean) / sqrt(variance + eps)               of each cell on its own, over its pixels and channels  (5)
   loss = mean over the hidden cells of the mean of (y - target)^2                                                 (6)
@@ -23,20 +24,26 @@ the view, and active (B, 1, h, w) bool, True = visible -> maps (B, widths[i], H 
 (B, C, H, W) -> one number. Besides `strides` and `widths` the encoder needs `features(x)` -> maps, fine to coarse, and
 has to be made of Conv2d, BatchNorm2d, pooling and activations that leave zero alone.
 
-Differences. The mask is not a global variable, and nothing of the encoder is rebuilt: its layers look at a mask that is
-handed to them, and without one they are what they were. Any number of channels; nothing is indexed, so shapes are
-static. The released code standardises ImageNet pixels and takes eps 1e-6; here pixels are in [0, 1] and eps is 1e-4,
-the variance of noise of 2.5 grey levels in 255. Background is then nearly free: with 1e-6, which is less than the
-rounding error of 8 bits, its noise would weigh as much as anatomy. `normalise_prediction` (off, as published) treats y
-as Eq. 5 does x. The released code shares BatchNorm between GPUs, here every process has its own statistics; it drops
-whole blocks at random (rate 0.05 for ResNet-50), here none; its learning rate starts at 0.005 and ends at 0.001 of the
-highest, here at 0. The mask is gone when forward returns: activations cannot be recomputed in the backward pass
-(checkpointing). Accumulation of gradients (one optimiser step from several micro-batches) equals a larger batch but for
-BatchNorm's statistics.
+Differences.
+- Mask. Released code: a global variable, and the encoder's layers are rebuilt. Here: layers look at a mask that is
+  handed to them, and without one they are what they were; nothing is indexed, so shapes are static.
+- eps. Released code: 1e-6, on standardised pixels. Here: 1e-4 on pixels in [0, 1], the variance of noise of 2.5 grey
+  levels in 255. Background is then nearly free: with 1e-6, which is less than the rounding error of 8 bits, its noise
+  would weigh as much as anatomy.
+- Prediction. Paper: as it stands. Here: the same; `normalise_prediction` treats y as Eq. 5 does x.
+- Channels. Released code: three. Here: any number.
+- BatchNorm. Released code: shared between GPUs. Here: every process has its own statistics.
+- Dropped blocks. Released code: whole blocks at random, for ResNet-50 at a rate of 0.05. Here: none.
+- Schedule. Released code: the rate starts at 0.005 and ends at 0.001 of the highest. Here: it starts and ends at 0.
+- Checkpointing. Here: the mask is gone when forward returns, so activations cannot be recomputed in the backward pass.
+- Accumulation of gradients (one optimiser step from several micro-batches). Here: it equals a larger batch but for
+  BatchNorm's statistics.
 
-Settings of the works that use it, both with ResNet-50 at 224 pixels, LAMB 2e-4 per 256, decay 0.04 -> 0.2, clip 5:
-  Wolf et al. 2023, small CT sets (RECIPE)      batch 32, 1600 epochs
-  the paper, on ImageNet                        batch 4096, 1600 epochs, 40 of them warm-up
+Settings of the works that use it, as words of train.py:
+  Wolf et al. 2023, small CT sets (RECIPE); ResNet-50, all else is the paper's
+    --set mask_ratio=0.6 width=768 --batch 32 --epochs 1600 --warmup 40 --clip 5 --views mild
+  the paper, on ImageNet; ResNet-50, optimiser as in RECIPE
+    --set mask_ratio=0.6 width=768 eps=1e-6 --batch 4096 --epochs 1600 --warmup 40 --clip 5 --views mild
 """
 
 from functools import partial
@@ -59,6 +66,11 @@ RECIPE = {                       # Wolf et al. 2023: the paper's released settin
     "size": 224,
 }
 
+SMALL = {                        # RESULTS, phantoms, 64 pixels
+    "stem": "nopool",            # sixteen cells, where the default stem leaves four, two of them hidden
+    "width": 64,                 # textured .418 after 202 steps at 2e-3; width 128, 135 steps at 1e-3: .459
+}
+
 
 class SparK(nn.Module):
     """Masked image modelling for convolutional networks."""
@@ -69,13 +81,14 @@ class SparK(nn.Module):
     def __init__(self, encoder, augment, channels=1, mask_ratio=0.6, width=768, cell=None, eps=1e-4,
                  normalise_prediction=False):
         super().__init__()
+        check(channels=(channels, 1, 1000), mask_ratio=(mask_ratio, 0.0, 0.999), width=(width, 1, 10 ** 5),
+              eps=(eps, 1e-12, 1.0), cell=(1 if cell is None else cell, 1, 10 ** 5))
+        needs_maps(encoder)
         self.encoder, self.augment, self.mask_ratio = encoder, augment, mask_ratio
         self.eps, self.normalise_prediction = eps, normalise_prediction
         strides = list(encoder.strides)
         self.cell = cell or strides[-1]
-        if not 0 <= mask_ratio < 1:
-            raise ValueError(f"mask_ratio is {mask_ratio}; it is the hidden share of the cells, from 0 to below 1")
-        if self.cell % strides[-1] or self.cell < 1:
+        if self.cell % strides[-1]:
             raise ValueError(f"cell is {self.cell}; it must be a multiple of the encoder's total stride, {strides[-1]}")
         if width < strides[-1] or strides[-1] & (strides[-1] - 1):
             raise ValueError(f"the decoder halves its width whenever it doubles the size: width is {width} and may not "
@@ -86,12 +99,13 @@ class SparK(nn.Module):
             self.tokens.append(nn.Parameter(nn.init.trunc_normal_(torch.empty(fan_in), std=0.02, a=-0.02, b=0.02)))
             self.norms.append(nn.BatchNorm2d(fan_in))
             kernel = 1 if stride == strides[-1] else 3
-            self.projections.append(nn.Conv2d(fan_in, width, kernel, padding=kernel // 2))
+            same = kernel == 1 and fan_in == width
+            self.projections.append(nn.Identity() if same else nn.Conv2d(fan_in, width, kernel, padding=kernel // 2))
             doublings = (stride // finer).bit_length() - 1                  # from this map's size to the next one's
             self.ups.append(nn.Sequential(*[up_block(width >> i) for i in range(doublings)]))
             width >>= doublings
         self.head = nn.Conv2d(width, channels, 1)
-        for layer in [*self.projections.modules(), *self.ups.modules(), self.head]:
+        for layer in [*self.ups.modules(), self.head]:                      # projections keep torch's default start
             if isinstance(layer, nn.Conv2d):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
             elif isinstance(layer, nn.ConvTranspose2d):
@@ -109,6 +123,9 @@ class SparK(nn.Module):
         if any(isinstance(layer, nn.SyncBatchNorm) for layer in self.encoder.modules()):
             raise ValueError("SparK's BatchNorm cannot be shared between processes; leave out --sync-bn")
         x = self.augment(images)
+        if x.shape[1] != self.head.out_channels:
+            raise ValueError(f"the images have {x.shape[1]} channels, the decoder paints {self.head.out_channels}: "
+                             f"build SparK(..., channels={x.shape[1]})")
         (height, width), cell = x.shape[2:], self.cell
         h, w = height // cell, width // cell
         if height % cell or width % cell:
@@ -234,6 +251,23 @@ def restore(prediction, image, active, cell, eps, normalise_prediction=False):
     variance, mean = torch.var_mean(x, 1, keepdim=True)                     # (B, 1, h, w)
     painted = p * (variance + eps).sqrt() + mean
     return F.pixel_shuffle(torch.where(active, x, painted), cell).clamp(0, 1)               # (B, C, H, W)
+
+
+def check(**words):
+    """word=(value, low, high): a ValueError in one line where a value is not from low to high, or not as whole."""
+    for word, (value, low, high) in words.items():
+        whole = isinstance(low, int)
+        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not low <= value <= high:
+            raise ValueError(f"{word}={value}: has to be a {'whole ' * whole}number from {low} to {high}")
+
+
+def needs_maps(encoder, or_else=""):
+    """A ValueError in one line where the encoder does not say what its maps are."""
+    missing = [f".{word}" for word in ("features", "widths", "strides") if not hasattr(encoder, word)]
+    if missing:
+        raise ValueError(f"the encoder has no {', '.join(missing)}, and this method looks at places: give the encoder "
+                         ".features(x) -> maps (B, C, h, w), fine to coarse, .widths (C of each) and .strides (pixels "
+                         f"between two cells of each){or_else}")
 
 
 def at_least_float32(*tensors):

@@ -13,12 +13,15 @@ The loss of a network that knows nothing is the same sum of the parts' (where ev
 Shapes. images (B, C, H, W) -> for each part the tuple of its views -> one number. Outputs carry their part's name, as
 in `rotation.accuracy`; each part's after_step gets its own back, without the name.
 
-Differences. Multi-task methods often pass one view through all their heads; here every part makes its own views, so one
-step costs as much as a step of each part. The encoder's BatchNorm normalises each part's pass with that pass' own
-statistics, but its running statistics mix all parts: with SparK, masked and whole images. SparK's sparse mode holds
-only inside SparK's forward. Optimiser, batch and size are those of the first part's RECIPE, each part's augmentation
-that of its own; the encoder to keep is `encoder`, also where a part alone would export another. What gradient
-accumulation (one optimiser step from several micro-batches) means, each part says.
+Differences.
+- Views. Multi-task methods often pass one view through all their heads. Here: every part makes its own, so one step
+  costs as much as a step of each part.
+- BatchNorm. Here: each part's pass is normalised with its own statistics, but the encoder's running statistics mix all
+  parts: with SparK, masked and whole images. SparK's sparse mode holds only inside SparK's forward.
+- Training. Here: optimiser, batch and size are those of the first part's RECIPE, each part's augmentation that of its
+  own.
+- What is kept. Here: `encoder`, also where a part alone would export another.
+- Accumulation of gradients. Here: each part says what it means.
 """
 
 import inspect
@@ -46,6 +49,7 @@ class Together(nn.Module):
             raise ValueError(f"{', '.join(strangers)}: built on another encoder; build every part on the one encoder")
         if unknown:
             raise ValueError(f"weights for {', '.join(unknown)}, but the parts are {', '.join(parts)}")
+        check(**{f"{name}.weight": (weight, 0.0, 1e6) for name, weight in weights.items()})
         self.parts = nn.ModuleDict(parts)
         self.weights = {name: weights.get(name, 1.0) for name in parts}
 
@@ -75,3 +79,11 @@ class Together(nn.Module):
             own = f"{name}."
             part.after_step([{word.removeprefix(own): value for word, value in out.items() if word.startswith(own)}
                              for out in outs], progress)
+
+
+def check(**words):
+    """word=(value, low, high): a ValueError in one line where a value is not from low to high, or not as whole."""
+    for word, (value, low, high) in words.items():
+        whole = isinstance(low, int)
+        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not low <= value <= high:
+            raise ValueError(f"{word}={value}: has to be a {'whole ' * whole}number from {low} to {high}")

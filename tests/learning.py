@@ -2,8 +2,9 @@
 
     python tests/learning.py [METHOD ...]        about five minutes for all on two CPU cores
 
-What a broken method would also reach is no number to reach: where the loss says little (MoCo's rises while its queue fills, BYOL's and
-SimSiam's may fall because everything collapses) it is how well the second view of an unseen image is found among other images.
+What a broken method would also reach is no number to reach: where the loss says little (MoCo's rises while its queue
+fills, BYOL's and SimSiam's may fall because everything collapses) it is how well the second view of an unseen image is
+found among other images.
 """
 
 import sys
@@ -19,24 +20,26 @@ from medssl.common import encoders, feed, loop, metrics, settings            # n
 from medssl.common.data import phantoms                                     # noqa: E402
 
 SIZE, BATCH = 64, 32
-# method: (steps, words of its constructor, what is measured, whether it has to be above or below, the level)
+WANTED = "steps, words of its constructor, what is measured, whether it has to be above or below, the level"
+# method: what WANTED says
 LEVELS = {
     "simclr": (150, ["temperature=0.2"], "ranked", ">", 0.75),
     "dcl": (150, ["temperature=0.2"], "ranked", ">", 0.61),
     "simsiam": (100, ["hidden=512", "dim=256"], "loss without collapse", "<", -0.4),
     "byol": (150, ["momentum=0.9"], "ranked", ">", 0.65),
     "vicreg": (150, ["dim=256", "hidden=256"], "ranked", ">", 0.65),
+    "lejepa": (150, ["hidden=256", "dim=64", "crops=0"], "ranked", ">", 0.65),
     "swav": (150, ["prototypes=20", "freeze=0", "crops=2", "epsilon=0.03"], "loss / chance", "<", 0.97),
     "moco": (150, ["queue_size=512", "momentum=0.99", "temperature=0.2"], "accuracy", ">", 0.1),
     "medmoco": (150, ["queue_size=512", "momentum=0.99"], "local", "<", 2.85),
     "spark": (100, ["width=64"], "textured", "<", 0.9),
     "rotation": (80, [], "accuracy", ">", 0.9),
     "relative": (100, [], "accuracy", ">", 0.8),
-    "jigsaw": (100, ["permutations=20"], "accuracy", ">", 0.8),
+    "jigsaw": (100, ["permutations=20", "width=64", "hidden=1024", "depth=2"], "accuracy", ">", 0.8),
     "autoencoder": (120, [], "loss / chance", "<", 0.8),
     "genesis": (120, [], "loss / chance", "<", 0.9),
     "rubik": (100, ["permutations=20"], "order_accuracy", ">", 0.8),
-    "pcrl": (100, ["queue_size=512", "momentum=0.99"], "accuracy", ">", 0.2),
+    "pcrl": (150, ["queue_size=512", "momentum=0.99"], "contrast / chance", "<", 0.98),
     "rotation+simclr": (80, [], "rotation.accuracy", ">", 0.8),
 }
 
@@ -46,7 +49,7 @@ RATES = {"swav": 1e-3}                                                      # wh
 def trained(name, steps, words, dataset, size=SIZE, encoder=None, lr=None):
     """A method after `steps` steps, and its last records, averaged."""
     torch.manual_seed(0)
-    if encoder is None:                                                     # stride 32 leaves SparK four cells at 64 pixels, 16 sixteen
+    if encoder is None:                             # stride 32 leaves SparK four cells at 64 pixels, 16 leaves sixteen
         encoder = encoders.build("tiny", 1, "nopool" if name == "spark" else "default", dataset.mean, dataset.std)
     method = settings.build(METHODS, settings.parts_of(METHODS, name.split("+"), words), encoder, 1, size)
     config = loop.Config(steps=steps, batch=BATCH, lr=lr or RATES.get(name, 3e-3), optimizer="adamw", weight_decay=0.01,
@@ -58,8 +61,8 @@ def trained(name, steps, words, dataset, size=SIZE, encoder=None, lr=None):
 
 @torch.no_grad()
 def ranked(method, dataset, count=128):
-    """Two views of unseen images: of the other images, what share is less similar to the first view than its own second view is?
-    A half by chance, and by a collapsed network; the untrained network's figure is the one to beat."""
+    """Two views of unseen images: of the other images, what share is less similar to the first view than its own second
+    view is? A half by chance, and by a collapsed network; the untrained network's figure is the one to beat."""
     images = feed.batch(dataset.images, dataset.rows("test", "val")[::2][:count], "cpu")
     method.eval()
     torch.manual_seed(0)
@@ -86,7 +89,11 @@ def measure(what, method, record, dataset):
 
 
 def main():
-    names, dataset, failed = sys.argv[1:] or LEVELS, phantoms.make(1000, SIZE), 0
+    names = sys.argv[1:] or list(LEVELS)
+    unknown = [name for name in names if name not in LEVELS]
+    if unknown:
+        sys.exit(f"tests/learning.py: LEVELS has no entry for {', '.join(unknown)}: {WANTED}")
+    dataset, failed = phantoms.make(1000, SIZE), 0
     for name in names:
         steps, words, what, sign, level = LEVELS[name]
         start = time.perf_counter()
@@ -94,7 +101,8 @@ def main():
         value = measure(what, method, record, dataset)
         good = value > level if sign == ">" else value < level
         failed += not good
-        print(f"{'ok    ' if good else 'FAILED'} {name:16} {what} {value:.3f}, has to be {sign} {level} ({steps} steps, {time.perf_counter() - start:.0f} s)", flush=True)
+        print(f"{'ok    ' if good else 'FAILED'} {name:16} {what} {value:.3f}, has to be {sign} {level} "
+              f"({steps} steps, {time.perf_counter() - start:.0f} s)", flush=True)
     print(f"{len(names) - failed} passed, {failed} failed")
     sys.exit(failed > 0)
 

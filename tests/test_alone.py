@@ -1,4 +1,4 @@
-"""Copying one file is enough: each method file, alone in an empty folder, trains with an encoder from elsewhere, with torch and nothing else."""
+"""Copying one file is enough: each, alone in an empty folder, trains with an encoder from elsewhere, and only torch."""
 
 import json
 import os
@@ -58,13 +58,14 @@ def augment(images, geometry=False):
     views = images * torch.empty(len(images), 1, 1, 1).uniform_(0.8, 1)
     return (views, torch.eye(2, 3).repeat(len(images), 1, 1)) if geometry else views
 
-def train(name):
+def train(name, class_name):
     torch.manual_seed(0)
-    module = importlib.import_module(name)
-    cls = next(c for n, c in vars(module).items() if inspect.isclass(c) and n.lower() == name)
+    cls = getattr(importlib.import_module(name), class_name)
     words, encoder = inspect.signature(cls).parameters, Net()
-    values = {"decoder": Decoder(), "channels": 1, "small": augment, "queue_size": 16, "hidden": 32, "dim": 16, "width": 32, "prototypes": 8,
-              "parts": {"rotation": importlib.import_module("rotation").Rotation(encoder, augment)} if name == "together" else None}
+    values = {"decoder": Decoder(), "channels": 1, "small": augment, "queue_size": 16, "hidden": 32, "dim": 16,
+              "width": 32, "prototypes": 8}
+    parts = {"rotation": importlib.import_module("rotation").Rotation(encoder, augment)} if name == "together" else None
+    values["parts"] = parts
     method = cls(encoder, augment, **{k: v for k, v in values.items() if k in words})
     before = encoder.a[0].weight.detach().clone()
     for step in range(3):
@@ -77,21 +78,24 @@ def train(name):
             for p in method.parameters():
                 if p.requires_grad:
                     p -= 0.1 * p.grad
-        method.after_step([{k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in out.items()}], (step + 1) / 3)
+        kept = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in out.items()}
+        method.after_step([kept], (step + 1) / 3)
     assert out["loss"].isfinite() and not torch.equal(before, encoder.a[0].weight), name
     return float(out["loss"])
 
-print(json.dumps({name: train(name) for name in methods}))
+print(json.dumps({name: train(name, class_name) for name, class_name in methods.items()}))
 '''
 
 
 @pytest.mark.beside
 def test_each_file_trains_alone():
+    classes = {name: cls.__name__ for name, cls in METHODS.items()}
     with tempfile.TemporaryDirectory() as folder:
         for name in METHODS:
             shutil.copy(PACKAGE / f"{name}.py", folder)
         (Path(folder) / "script.py").write_text(SCRIPT)
         env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-        result = subprocess.run([sys.executable, "-s", "script.py", json.dumps(list(METHODS))], cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+        command = [sys.executable, "-s", "script.py", json.dumps(classes)]
+        result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr[-2000:]
     assert json.loads(result.stdout.splitlines()[-1]).keys() == METHODS.keys()

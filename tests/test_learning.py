@@ -1,4 +1,7 @@
-"""Four methods learn in seconds; each has a number to reach that it does not reach untrained (`python tests/learning.py` has the others)."""
+"""Four methods learn in seconds; each has a number to reach that it does not reach untrained.
+
+`python tests/learning.py` has the others.
+"""
 
 import functools
 from dataclasses import replace
@@ -8,6 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
+from medssl import METHODS
 from medssl.common.data import phantoms
 from tests import learning
 from tests.common import tiny_encoder
@@ -15,9 +19,15 @@ from tests.common import tiny_encoder
 CASES = {                          # method: (steps, words, what is measured, sign, level)
     "rotation": (30, [], "accuracy", ">", 0.7),
     "simclr": (110, ["temperature=0.2"], "loss / chance", "<", 0.93),
-    "medmoco": (60, ["queue_size=64", "momentum=0.9"], "local", "<", 2.8),  # ln 20 = 3.0 by chance; the loss itself rises at first
+    # ln 20 = 3.0 by chance; the loss itself rises at first
+    "medmoco": (60, ["queue_size=64", "momentum=0.9"], "local", "<", 2.8),
     "spark": (25, ["width=32"], "textured", "<", 0.85),
 }
+
+
+def test_every_method_has_a_number_to_reach():
+    for name in set(METHODS) - {"together"}:
+        assert name in learning.LEVELS, f"tests/learning.py: LEVELS has no entry for {name}: {learning.WANTED}"
 
 
 @functools.cache
@@ -32,7 +42,8 @@ def test_learns(name):
     def value(steps):
         torch.manual_seed(0)
         encoder = tiny_encoder(1, "nopool" if name == "spark" else "default")
-        return learning.measure(what, *learning.trained(name, steps, words, pictures(), 32, encoder=encoder, lr=0.01), pictures())
+        trained = learning.trained(name, steps, words, pictures(), 32, encoder=encoder, lr=0.01)
+        return learning.measure(what, *trained, pictures())
 
     untrained, trained = value(1), value(steps)
     print(name, untrained, trained)
@@ -41,8 +52,9 @@ def test_learns(name):
 
 @pytest.mark.beside
 def test_rotation_finds_nothing_in_noise():
-    """Blurred noise has no right way up: what is learnt on phantoms is not a trace that the turning leaves in the pixels."""
+    """Blurred noise has no right way up: what is learnt on phantoms is no trace that the turning leaves in pixels."""
     noise = np.random.default_rng(0).integers(0, 256, (250, 32, 32), np.uint8)
     blurred = np.stack([np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(2))) for picture in noise])
-    _, record = learning.trained("rotation", 40, [], replace(pictures(), images=blurred[:, None]), 32, encoder=tiny_encoder(), lr=0.01)
+    dataset = replace(pictures(), images=blurred[:, None])
+    _, record = learning.trained("rotation", 40, [], dataset, 32, encoder=tiny_encoder(), lr=0.01)
     assert record["accuracy"] < 0.45

@@ -1,4 +1,5 @@
-"""The loop: exact resume, nothing lost, the same weights however the batch is cut up, and clear words when something is wrong."""
+"""The loop: exact resume, nothing lost, the same weights however the batch is cut up, and clear words when something
+is wrong."""
 
 import copy
 import json
@@ -30,7 +31,8 @@ def pictures(count=24, channels=1, size=64, dtype=np.uint8):
 
 
 def config(out=None, **changes):
-    return loop.Config(**{"steps": 3, "batch": 12, "lr": 0.05, "log_every": 1, "device": "cpu", "out": out and str(out), **changes})
+    return loop.Config(**{"steps": 3, "batch": 12, "lr": 0.05, "log_every": 1, "device": "cpu",
+                          "out": out and str(out), **changes})
 
 
 def run(method, settings, dataset=None, **words):
@@ -50,8 +52,10 @@ def test_resume_is_exact_for_every_method(name):
 
 
 def resume_is_exact(name, tmp_path):
-    """Accumulation 2 and bf16; the last step is done twice, once going straight on and once from the checkpoint before it."""
-    settings = config(tmp_path / "a", accum=2, amp="bf16", save_every=2, optimizer="lars", options={"trust": 0.02}, weight_decay=0.1, warmup=1)
+    """Accumulation 2 and bf16; the last step is done twice, once going straight on and once from the checkpoint before
+    it."""
+    settings = config(tmp_path / "a", accum=2, amp="bf16", save_every=2, optimizer="lars", options={"trust": 0.02},
+                      weight_decay=0.1, warmup=1)
     straight = make(name)
     for record in loop.fit(straight, pictures(), settings):
         if record["step"] == 3:
@@ -64,14 +68,16 @@ def resume_is_exact(name, tmp_path):
     assert [r["step"] for r in records] == [3]
     assert equal(straight, resumed)
     first, second = ((tmp_path / x / "log.jsonl").read_text().splitlines() for x in "ab")
-    assert [json.loads(line)["loss"] for line in first] == [json.loads(line)["loss"] for line in second] and len(first) == 3
+    assert [json.loads(line)["loss"] for line in first] == [json.loads(line)["loss"] for line in second]
+    assert len(first) == 3
 
 
 KILLED = (("moco", 3), ("byol", -1))
 
 
 def killed_run(folder):
-    """In two child processes: each trains its own run and kills itself, as `kill -9` would, after step `at`; with -1 in the middle of saving."""
+    """In two child processes: each trains its own run and kills itself, as `kill -9` would, after step `at`; with -1
+    in the middle of saving."""
     name, at = KILLED[dist.get_rank()]
     dist.barrier()                                                          # both are there before one of them dies
     dist.destroy_process_group()
@@ -100,11 +106,13 @@ def test_a_killed_run_is_resumed_exactly(name, killed):
     resumed = make(name)
     run(resumed, config(killed / name, steps=6, resume=True))
     assert equal(straight, resumed)
-    assert [json.loads(line)["step"] for line in (killed / name / "log.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
+    lines = (killed / name / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
 
 
 def test_resumes_in_a_row_are_exact(tmp_path):
-    """Left twice within one pass of six steps, then exactly at its end, each time before the next checkpoint was written."""
+    """Left twice within one pass of six steps, then exactly at its end, each time before the next checkpoint was
+    written."""
     settings = dict(steps=9, batch=4, save_every=1)
     straight = make("moco")
     losses = [record["loss"] for record in run(straight, config(None, **settings))]
@@ -143,8 +151,10 @@ def trained_by_two(folder):
     moco = make("moco")
     run(moco, config(steps=2, accum=2))
     np.save(folder / f"{dist.get_rank()}.npy", pictures(32).images)
-    train.main(["--method", "simclr", "--data", str(folder / f"{dist.get_rank()}.npy"), "--encoder", "tiny", "--out", str(folder / "run"), "--steps", "2",
-                "--batch", "16", "--size", "32", "--stem", "small", "--device", "cpu", "--cache", str(folder / f"cache{dist.get_rank()}")])
+    train.main(["--method", "simclr", "--data", str(folder / f"{dist.get_rank()}.npy"), "--encoder", "tiny",
+                "--out", str(folder / "run"), "--steps", "2",
+                "--batch", "16", "--size", "32", "--stem", "small", "--device", "cpu",
+                "--cache", str(folder / f"cache{dist.get_rank()}")])
     return {"losses": torch.tensor(losses), "plain": plain.state_dict(), "moco": moco.state_dict()}
 
 
@@ -176,20 +186,24 @@ def test_queue_and_weights_stay_the_same_on_both_ranks(by_two):
 
 def test_a_run_of_two_processes_ends_with_its_pictures(by_two, folder):
     """Also with a loss that gathers from all processes, while the first one alone draws."""
-    assert {"encoder.pt", "checkpoint.pt", "views.png", "curves.png", "spectrum.png"} <= {path.name for path in (folder / "run").iterdir()}
+    left = {path.name for path in (folder / "run").iterdir()}
+    assert {"encoder.pt", "checkpoint.pt", "views.png", "curves.png", "spectrum.png"} <= left
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "lars", "lamb"])
-def test_between_logging_steps_nothing_is_read_back(optimizer, no_autocast):
-    """On the "meta" device, which has no values, two steps with accumulation and clipping go by; the third one is logged and fails."""
-    running = loop.fit(without_norm().float(), pictures(), config(steps=3, optimizer=optimizer, accum=2, clip=1.0, log_every=3, device="meta"))
+def test_between_logging_steps_nothing_is_read_back(optimizer, no_autocast):                            # noqa: F811
+    """On the "meta" device, which has no values, two steps with accumulation and clipping go by; the third one is
+    logged and fails."""
+    settings = config(steps=3, optimizer=optimizer, accum=2, clip=1.0, log_every=3, device="meta")
+    running = loop.fit(without_norm().float(), pictures(), settings)
     assert [next(running)["step"] for _ in range(2)] == [1, 2]
     with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
         next(running)
 
 
 def test_accumulation_equals_the_whole_batch():
-    """The mean over micro-batches, not their sum: with a plain encoder the gradient of two halves is that of the whole."""
+    """The mean over micro-batches, not their sum: with a plain encoder the gradient of two halves is that of the
+    whole."""
     class Same(Plain):
         pass
     losses = {}
@@ -233,10 +247,12 @@ def test_after_step_once_a_step_and_records():
 def test_every_image_is_seen_once_a_pass_and_order_depends_on_the_seed():
     order = np.concatenate([feed.batch_order(20, 6, step, seed=3) for step in range(3)])
     assert len(set(order.tolist())) == 18                                   # the tail of two is left out of this pass
-    assert not np.array_equal(feed.batch_order(20, 6, 0, 3), feed.batch_order(20, 6, 3, 3))                # the next pass differs
+    # the next pass differs
+    assert not np.array_equal(feed.batch_order(20, 6, 0, 3), feed.batch_order(20, 6, 3, 3))
     assert not np.array_equal(feed.batch_order(20, 6, 0, 3), feed.batch_order(20, 6, 0, 4))
     assert np.array_equal(feed.batch_order(20, 6, 7, 3), feed.batch_order(20, 6, 7, 3))
-    wrapped = [feed.batch_order(5, 12, step, 0) for step in range(5)]                                       # 60 draws from 5 images
+    # 60 draws from 5 images
+    wrapped = [feed.batch_order(5, 12, step, 0) for step in range(5)]
     assert all(len(b) == 12 for b in wrapped) and np.bincount(np.concatenate(wrapped)).tolist() == [12] * 5
 
 
@@ -265,7 +281,8 @@ def test_images_become_floats_between_zero_and_one(dtype, tmp_path):
     for source in (dataset.images, np.load(tmp_path / "x.npy", mmap_mode="r")):
         (index, taken), (_, last) = feed.batches(source, [np.array([4, 1, 1]), np.array([0])], torch.device("cpu"))
         assert taken.dtype == torch.float32
-        assert np.allclose(taken.numpy(), dataset.images[[4, 1, 1]] / np.iinfo(dtype).max) and index.tolist() == [4, 1, 1]
+        assert index.tolist() == [4, 1, 1]
+        assert np.allclose(taken.numpy(), dataset.images[[4, 1, 1]] / np.iinfo(dtype).max)
         assert np.allclose(last.numpy(), dataset.images[[0]] / np.iinfo(dtype).max)
 
 
@@ -315,7 +332,8 @@ def test_ctrl_c_saves_and_ends(tmp_path):
         records.append(record)
         if record["step"] == 1:
             signal.raise_signal(signal.SIGINT)
-    assert [r["step"] for r in records] == [1, 2] and torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 2
+    assert [r["step"] for r in records] == [1, 2]
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 2
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -326,8 +344,9 @@ def test_groups_rates_clip_and_schedule():
               {"params": [method.encoder.conv.bias], "lr_scale": 1.0, "decays": False, "weight_decay": 0.0}]
     bias = method.encoder.conv.bias.detach().clone()
     records = run(method, config(warmup=1, steps=3), groups=groups)
-    assert torch.equal(before, method.encoder.conv.weight.detach()) and not torch.equal(bias, method.encoder.conv.bias.detach())
-    assert records[0]["lr"] == 0 and records[1]["lr"] == pytest.approx(0.05) and records[2]["lr"] == pytest.approx(0.025)
+    assert torch.equal(before, method.encoder.conv.weight.detach())
+    assert not torch.equal(bias, method.encoder.conv.bias.detach())
+    assert [record["lr"] for record in records] == [0, pytest.approx(0.05), pytest.approx(0.025)]
     clipped = Reconstruct(Plain())
     clipped.load_state_dict(method.state_dict())
     start = clipped.encoder.conv.weight.detach().clone()
@@ -337,7 +356,8 @@ def test_groups_rates_clip_and_schedule():
 
 def test_compile_changes_no_saved_key(tmp_path, monkeypatch):
     compiled = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model: compiled(model, backend="eager"))       # the tracing without the C++ compiler
+    # the tracing without the C++ compiler
+    monkeypatch.setattr(torch, "compile", lambda model: compiled(model, backend="eager"))
     plain, traced = make("rotation"), make("rotation")
     run(plain, config(tmp_path / "a", steps=1))
     run(traced, config(tmp_path / "b", steps=1, compile=True))
@@ -357,7 +377,10 @@ def test_half_precision_with_scaler_trains_and_resumes(tmp_path):
 def test_numbers_come_back_in_a_type_that_the_device_has(monkeypatch):
     """Apple's GPU has no float64."""
     asked = []
-    monkeypatch.setattr(torch, "as_tensor", lambda value, dtype, device: asked.append(dtype) or torch.tensor(float(value)))
+    def as_tensor(value, dtype, device):
+        asked.append(dtype)
+        return torch.tensor(float(value))
+    monkeypatch.setattr(torch, "as_tensor", as_tensor)
     assert loop.to_floats({"step": 3, "loss": 0.5}, 1, torch.device("mps")) == {"step": 3, "loss": 0.5}
     loop.to_floats({"step": 3}, 1, torch.device("cpu"))
     assert asked == [torch.float32, torch.float32, torch.float64]
@@ -428,7 +451,8 @@ def test_the_exported_encoder_is_saved(tmp_path):
     run(method, config(tmp_path, keep_every=3))
     for name in ("encoder.pt", "encoder-3.pt"):
         saved = torch.load(tmp_path / name, weights_only=True)["conv1.weight"]
-        assert torch.equal(saved, method.target_encoder.conv1.weight) and not torch.equal(saved, method.encoder.conv1.weight)
+        assert torch.equal(saved, method.target_encoder.conv1.weight)
+        assert not torch.equal(saved, method.encoder.conv1.weight)
 
 
 def test_after_step_meets_the_new_weights():

@@ -1,6 +1,9 @@
 """Every loss against numbers of trusted implementations, naive loops, and what must leave it unchanged."""
 
+import cmath
 import copy
+import functools
+import itertools
 import math
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from torch import nn
 
 from medssl.byol import BYOL, cosine_distance, momentum_at
 from medssl.dcl import DCL, decoupled_loss
+from medssl.lejepa import LeJEPA, sigreg
 from medssl.simclr import SimCLR, nt_xent
 from medssl.simsiam import SimSiam, negative_cosine
 from medssl.swav import SwAV, sinkhorn, swapped_loss
@@ -113,6 +117,19 @@ def test_vicreg_golden(dtype):
 
 
 @both_types
+def test_lejepa_golden(dtype):
+    g, (z,) = golden("lejepa", dtype, "z")
+    directions, grid = g["directions"].to(dtype), (g["t_max"].item(), g["knots"].item())
+    words = dict(sigreg_weight=g["lamb"].item(), t_max=grid[0], knots=grid[1])
+    outs = on_embeddings(LeJEPA, 20, **words)(*z, directions)
+    for name in ("loss", "sigreg", "invariance"):
+        same(outs[name], g[name])
+    same(torch.autograd.grad(outs["loss"], z)[0], g["grad"])
+    each = [sigreg(z[v:v + 1], directions[:, k:k + 1], *grid) for v in range(3) for k in range(24)]
+    same(torch.stack(each).view(3, 24), g["per_direction"])
+
+
+@both_types
 def test_swav_golden(dtype):
     g, (scores,) = golden("swav", dtype, "scores")
     codes = torch.stack([sinkhorn(view, g["epsilon"].item(), g["iterations"].item()) for view in scores])
@@ -128,6 +145,7 @@ def test_byol_momentum_golden():
     found = [momentum_at(g["base_momentum"].item(), step / 50) for step in range(51)]
     same(torch.tensor(found, dtype=torch.float64), g["byol_momentum"])
     assert found[0] == 0.99 and found[-1] == 1
+    assert momentum_at(0.9, 0.5, end=0.96) == pytest.approx(0.93) and momentum_at(0.9, 1, end=0.96) == 0.96
 
 
 # Naive loops
@@ -159,7 +177,25 @@ def test_decoupled_loss_is_the_double_loop(sigma):
     assert decoupled_loss(z1, z2, 0.3, sigma).item() == pytest.approx(total / 5, abs=1e-10)
 
 
+def test_sigreg_is_the_loop_over_views_directions_and_knots():
+    z, directions, t_max, knots, total = rows(2, 5, 3), rows(3, 4, seed=1), 2.5, 6, 0.0
+    for view in z.tolist():
+        for direction in directions.T.tolist():
+            shadows = [sum(x * a for x, a in zip(row, direction, strict=True)) for row in view]
+            heights = []
+            for t in (t_max * i / (knots - 1) for i in range(knots)):
+                found = sum(cmath.exp(1j * t * p) for p in shadows) / 5
+                heights.append(abs(found - math.exp(-t * t / 2)) ** 2 * math.exp(-t * t / 2))
+            steps = [(a + b) / 2 * t_max / (knots - 1) for a, b in itertools.pairwise(heights)]
+            total += 5 * 2 * sum(steps)                                     # twice: t and -t
+    assert sigreg(z, directions, t_max, knots).item() == pytest.approx(total / 8, abs=1e-10)
+
+
 # What must not matter, and what must
+
+def lejepa_loss(a, b):
+    return on_embeddings(LeJEPA, a.shape[1])(a, b, torch.eye(a.shape[1], dtype=a.dtype))["loss"]
+
 
 PAIR_LOSSES = {
     "nt_xent": lambda a, b: nt_xent(a, b, 0.2),
@@ -168,6 +204,7 @@ PAIR_LOSSES = {
     "cosine_distance": cosine_distance,
     "negative_cosine": negative_cosine,
     "vicreg": lambda a, b: torch.stack(vicreg_terms(a, b)).sum(),
+    "lejepa": lejepa_loss,
     "swav": lambda a, b: swapped_loss(torch.stack([a, b]), torch.stack([sinkhorn(x, 0.5, 3) for x in (a, b)]), 0.2),
 }
 pair_losses = pytest.mark.parametrize("loss", PAIR_LOSSES.values(), ids=PAIR_LOSSES)
@@ -207,6 +244,70 @@ def test_chance_is_the_loss_of_equal_embeddings(method):
         assert outs["covariance"] == 0
 
 
+# LeJEPA
+
+def directions_of(dim, count, seed=1):
+    return F.normalize(rows(dim, count, seed=seed), dim=0)
+
+
+def test_sigreg_is_the_integral():
+    """With many fine knots up to where nothing is left, it is Epps and Pulley's closed form."""
+    p = rows(9)
+    pairs = torch.exp(-(p - p[:, None]) ** 2 / 2).sum() / 9 - 2 * torch.exp(-p ** 2 / 4).sum() / math.sqrt(2)
+    wanted = math.sqrt(2 * math.pi) * (pairs + 9 / math.sqrt(3))
+    found = sigreg(p.view(1, 9, 1), torch.ones(1, 1, dtype=torch.float64), 12.0, 1201)
+    assert found.item() == pytest.approx(wanted.item(), abs=1e-10)
+
+
+def test_sigreg_knows_no_order_of_views_or_directions_and_no_axes():
+    z, directions = rows(3, 9, 5), directions_of(5, 7)
+    wanted, turn = sigreg(z, directions, 3.0, 17), torch.linalg.qr(rows(5, 5, seed=2))[0]
+    torch.testing.assert_close(sigreg(z[[2, 0, 1]], directions[:, [6, 2, 0, 1, 5, 4, 3]], 3.0, 17), wanted)
+    torch.testing.assert_close(sigreg(z @ turn, turn.T @ directions, 3.0, 17), wanted)
+    assert abs(sigreg(z @ turn, directions, 3.0, 17) - wanted) > 1e-3       # the directions have to turn as well
+
+
+def test_lejepa_weighs_all_views_alike():
+    z, directions = rows(4, 9, 5), directions_of(5, 7)
+    method = on_embeddings(LeJEPA, 5)
+    torch.testing.assert_close(method(*z[[3, 1, 0, 2]], directions)["loss"], method(*z, directions)["loss"])
+    assert method(*z, directions)["invariance"].item() == pytest.approx(z.var(0, unbiased=False).mean().item())
+
+
+def test_lejepa_collapse_raises_the_loss():
+    """Views that agree, while all embeddings shrink to one, or run together in a plane, on a line: worse each time."""
+    directions, method = directions_of(8, 64), on_embeddings(LeJEPA, 8)
+    z = rows(64, 8)
+    shrunk = [method(scale * z, scale * z, directions)["loss"].item() for scale in (1.0, 0.7, 0.4, 0.1, 0.0)]
+    assert shrunk == sorted(shrunk) and shrunk[-1] > 10 * shrunk[0]
+    losses = []
+    for kept in (8, 4, 2, 1):
+        flat = z * (torch.arange(8) < kept) * (8 / kept) ** 0.5             # of the same total spread
+        losses.append(method(flat, flat, directions)["loss"].item())
+    assert losses == sorted(losses) and losses[-1] > 3 * losses[0]
+
+
+def test_lejepa_chance_is_the_least_loss_of_one_embedding():
+    directions, method = directions_of(8, 64), on_embeddings(LeJEPA, 8)
+    outs = [method(*torch.full((2, 64, 8), at).double(), directions) for at in (0.0, 0.1, 0.5)]
+    assert outs[0]["loss"].item() == pytest.approx(outs[0]["chance"], rel=1e-5)
+    assert outs[0]["loss"] < outs[1]["loss"] < outs[2]["loss"]
+
+
+def test_lejepa_draws_crops_and_directions_in_views():
+    torch.manual_seed(0)
+    small = functools.partial(F.interpolate, size=32)
+    method = LeJEPA(tiny_encoder(width=4), Flip(), small=small, crops=3, hidden=8, dim=4, directions=10)
+    *crops, directions = method.views(batch(6))
+    assert [crop.shape[2] for crop in crops] == [64, 64, 32, 32, 32]
+    torch.testing.assert_close(directions.norm(dim=0), torch.ones(10))
+    assert not torch.equal(directions, method.views(batch(6))[-1])          # anew at every step
+    outs = method(*crops, directions)
+    assert outs["embedding"].shape == (6, 4)
+    assert not torch.equal(outs["sigreg"], method(*crops, directions.roll(1, 0))["sigreg"])
+    assert len(LeJEPA(tiny_encoder(), Flip()).views(batch(2))) == 3
+
+
 # SimSiam and BYOL
 
 def test_simsiam_stops_the_gradient_of_the_goal():
@@ -243,6 +344,19 @@ def test_byol_target_follows_by_eq_3():
             torch.testing.assert_close(slow, m * old + (1 - m) * fast)
             assert progress == 1 or not torch.equal(slow, old)
             assert progress < 1 or torch.equal(slow, old)                   # at the end the target stands still
+
+
+def test_byol_momentum_can_be_held():
+    method = small_byol(momentum=0.9, momentum_end=0.9)
+    slow, fast = method.target_encoder.conv1.weight.clone(), method.encoder.conv1.weight
+    method.after_step([], 1.0)
+    torch.testing.assert_close(method.target_encoder.conv1.weight, 0.9 * slow + 0.1 * fast)
+
+
+def test_simclr_projector_has_batch_norm_on_request():
+    for norm in (False, True):
+        layers = [type(layer) for layer in SimCLR(tiny_encoder(width=4), Flip(), norm=norm).projector]
+        assert layers == [nn.Linear] + [nn.BatchNorm1d] * norm + [nn.ReLU, nn.Linear]
 
 
 def test_byol_target_keeps_its_own_statistics_and_gets_no_gradient():
@@ -303,7 +417,8 @@ def test_swav_crops_reach_the_loss_and_shape_no_code():
 
 
 def test_swav_makes_as_many_small_crops_as_told():
-    small = lambda images: F.interpolate(images, size=32)
+    def small(images):
+        return F.interpolate(images, size=32)
     method = SwAV(tiny_encoder(width=4), Flip(), small=small, crops=3, hidden=8, dim=4, prototypes=5)
     views = method.views(batch(6))
     assert [v.shape[2] for v in views] == [64, 64, 32, 32, 32]
@@ -349,8 +464,11 @@ def test_swav_queue_wraps_and_joins_the_codes_once_it_is_full():
     assert method.queued == 20
 
 
-@pytest.mark.parametrize("method, loss", ((SimCLR, lambda a, b: nt_xent(a, b, 0.3)),
-                                          (DCL, lambda a, b: (decoupled_loss(a, b, 0.3) + decoupled_loss(b, a, 0.3)) / 2)))
+def both_ways(a, b):
+    return (decoupled_loss(a, b, 0.3) + decoupled_loss(b, a, 0.3)) / 2
+
+
+@pytest.mark.parametrize("method, loss", ((SimCLR, lambda a, b: nt_xent(a, b, 0.3)), (DCL, both_ways)))
 def test_both_views_get_the_gradient_of_the_loss(method, loss):
     z = rows(5, 4).requires_grad_(), rows(5, 4, seed=1).requires_grad_()
     found, wanted = on_embeddings(method, 4, temperature=0.3)(*z)["loss"], loss(*z)

@@ -163,8 +163,8 @@ def test_regions_are_read_from_the_chosen_map():
 
 
 def test_a_cell_looks_where_padded_strides_put_it():
-    """Three convolutions of stride 2 that pass on their centre: cell i of the map holds pixel 8 i. On a picture of its own coordinates the pooled
-    values are the coordinates of the points, in a view and in its mirror image."""
+    """Three convolutions of stride 2 that pass on their centre: cell i of the map holds pixel 8 i. On a picture of its
+    own coordinates the pooled values are the coordinates of the points, in a view and in its mirror image."""
     net = torch.nn.Sequential(*[torch.nn.Conv2d(2, 2, 3, stride=2, padding=1, bias=False) for _ in range(3)])
     for layer in net:
         layer.weight.data.zero_()
@@ -176,16 +176,26 @@ def test_a_cell_looks_where_padded_strides_put_it():
     with torch.no_grad():
         torch.testing.assert_close(pool_regions(net(picture), points, 40, 8, (64, 64)), where)
         mirrored = pool_regions(net(picture.flip(3)), points * torch.tensor([-1.0, 1.0]), 40, 8, (64, 64))
-    inside = where[..., 0] > 7                                              # the mirror image's last cell is 7 pixels from its edge
+    inside = where[..., 0] > 7                              # the mirror image's last cell is 7 pixels from its edge
     torch.testing.assert_close(mirrored[inside], where[inside])
 
+
 def test_regions_are_read_from_a_map_as_fine_as_the_grid():
-    """Twenty regions are chosen from 8 x 8 cells: stride 8 at 64 pixels, 16 at 128, 32 at 256 and where the size is unknown."""
+    """Twenty regions are chosen from 8 x 8 cells: stride 8 at 64 pixels, 16 at 128, 32 at 256 or an unknown size."""
     encoder = tiny_encoder()
     for size, stage in ((32, 0), (64, 1), (128, 2), (256, 3), (None, 3)):
         assert MedMoCo(encoder, Flip(), queue_size=8, size=size).local_projector[0].in_features == encoder.widths[stage]
-    with pytest.raises(ValueError, match="regions=0"):
+    with pytest.raises(ValueError, match="or set regions=0"):
         MedMoCo(torch.nn.Identity(), Flip())
+
+
+def test_an_augmentation_without_geometry_is_refused_in_words():
+    for augment in (lambda images: images, torch.nn.functional.relu):
+        with pytest.raises(ValueError, match="takes no geometry=True.*theta .B, 2, 3.*or set regions=0"):
+            MedMoCo(tiny_encoder(), augment, queue_size=8)
+    for augment in (Flip(), lambda images, geometry: None, lambda images, **words: None, torch.nn.Identity(), None):
+        assert MedMoCo(tiny_encoder(), augment, queue_size=8).regions
+    assert MedMoCo(tiny_encoder(), lambda images: images, queue_size=8, regions=0)
 
 
 def test_each_part_can_be_switched_off():
@@ -258,14 +268,19 @@ def test_slow_networks_follow():
 
 
 def test_the_local_term_compares_the_same_anatomy():
-    """Over views with any geometry: by hand, from the map that was chosen, on the regions that both views show; and the encoder learns from it."""
+    """Over views with any geometry: by hand, from the map that was chosen, on the regions that both views show; and the
+    encoder learns from it."""
     model, images, seeds = method(bn_chunks=2, size=64).eval(), batch(17), iter((1, 2))
     model.augment = lambda images, geometry: affine_views(images, next(seeds))
     views = x1, x2, _, _, points1, points2, valid = model.views(images)
     theta1, theta2 = affine_views(images, 1)[1], affine_views(images, 2)[1]
-    torch.testing.assert_close(*(p @ theta[:, :, :2].mT + theta[:, None, :, 2] for p, theta in ((points1, theta1), (points2, theta2))))
-    u, v = (F.normalize(model.local_projector(pool_regions(model.encoder.features(x)[1], points, 20, 8, (64, 64))), dim=2)
-            for x, points in ((x1, points1), (x2, points2)))
+    torch.testing.assert_close(points1 @ theta1[:, :, :2].mT + theta1[:, None, :, 2],
+                               points2 @ theta2[:, :, :2].mT + theta2[:, None, :, 2])
+
+    def places(x, points):
+        pooled = pool_regions(model.encoder.features(x)[1], points, 20, 8, (64, 64))        # (17, 20, widths[1])
+        return F.normalize(model.local_projector(pooled), dim=2)
+    u, v = places(x1, points1), places(x2, points2)
     local = model(*views)["local"]
     assert 0.2 < valid.float().mean() < 1
     torch.testing.assert_close(local, region_nce(u, v, 0.2, valid))

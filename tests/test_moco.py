@@ -68,7 +68,7 @@ def test_queue_wraps_around(count):
     """Any batch with any queue: row by row in a ring, the micro-batches of a step one after the other."""
     model, ring, place = method(), method().queue.clone(), 0
     ring_groups = torch.full((24,), -1)
-    for s in range(3):
+    for _ in range(3):
         outs = [step(torch.randn(n, 32), torch.randint(9, (n,))) for n in (count, 3)]
         model.after_step(outs, 0.5)
         for out in outs:

@@ -56,12 +56,12 @@ def test_undoing_the_label_restores_the_image():
         assert torch.equal(other[i], images[i, :, row[i]:row[i] + 6, column[i]:column[i] + 6])
 
     for grid in (2, 3):
-        jigsaw = Jigsaw(tiny_encoder(), plain, grid=grid, gap=0, jitter=0)
+        jigsaw = Jigsaw(tiny_encoder(), plain, grid=grid, gap=0, jitter=0, width=8, hidden=8)
         tiles, which = jigsaw.views(images)
         assert torch.equal(paste(unshuffle(tiles, jigsaw.orders[which]), grid), images)
         assert not torch.equal(paste(tiles, grid), images)
 
-    rubik = Rubik(tiny_encoder(), plain, gap=0, jitter=0)
+    rubik = Rubik(tiny_encoder(), plain, gap=0, jitter=0, width=8, hidden=8)
     tiles, which, turning = rubik.views(images)
     assert torch.equal(paste(unshuffle(turn_over(tiles, turning), rubik.orders[which]), 3), images)
     assert not torch.equal(paste(unshuffle(tiles, rubik.orders[which]), 3), images)
@@ -84,7 +84,7 @@ def test_labels_are_uniform():
     images = torch.zeros(4000, 1, 9, 9)
     assert_uniform(Rotation(tiny_encoder(), plain).views(images)[1], 4)
     assert_uniform(Relative(tiny_encoder(), plain, gap=0, jitter=0).views(images)[2], 8)
-    assert_uniform(Jigsaw(tiny_encoder(), plain).views(images)[1], 100)
+    assert_uniform(Jigsaw(tiny_encoder(), plain, width=8, hidden=8).views(images)[1], 100)
     _, which, turning, masked = Rubik(tiny_encoder(), plain, mask=True).views(images)
     assert_uniform(which, 100)
     assert_uniform(turning, 3)
@@ -115,7 +115,7 @@ def test_permutations_are_far_apart(tiles, mean):
 def test_there_are_no_more_permutations_than_the_factorial():
     orders = permutation_set(4, 100, seed=0)
     assert len(orders) == len(orders.unique(dim=0)) == 24
-    jigsaw = Jigsaw(tiny_encoder(), plain, grid=2)
+    jigsaw = Jigsaw(tiny_encoder(), plain, grid=2, width=8, hidden=8)
     out = jigsaw(*jigsaw.views(batch(4)))
     assert jigsaw.head[-1].out_features == 24 and out["chance"] == math.log(24)
 
@@ -179,7 +179,10 @@ def test_head_depths_are_the_study_s():
     assert [linear_widths(head) for head in shallow.tile_heads.values()] == [[1024, 9]] * 2
     assert [linear_widths(head) for head in deep.tile_heads.values()] == [[1024, 1024, 9]] * 3
     assert linear_widths(Relative(tiny_encoder(), plain).head) == [1024, 8]
-    assert linear_widths(Jigsaw(tiny_encoder(), plain).head) == [1024, 1024, 100]
+    assert linear_widths(Relative(tiny_encoder(), plain, width=2048, hidden=2048, depth=2).head) == [2048, 2048, 8]
+    in_2d, in_3d = Jigsaw(tiny_encoder(), plain), Jigsaw(tiny_encoder(), plain, width=64, hidden=1024, depth=2)
+    assert in_2d.head[0].in_features == 9 * 512 and linear_widths(in_2d.head) == [4096, 100]
+    assert linear_widths(in_3d.head) == [1024, 1024, 100]
 
 
 @pytest.mark.parametrize("mask", [False, True])
@@ -212,7 +215,7 @@ def test_rubik_losses_and_answers(mask):
 @pytest.mark.parametrize("method", [Relative, Jigsaw, Rubik])
 def test_the_loss_looks_at_every_tile(method):
     torch.manual_seed(0)
-    model = method(tiny_encoder(), plain).eval()
+    model = method(tiny_encoder(), plain, width=8, hidden=32).eval()
     views = model.views(batch(4))
     before = model(*views)["loss"]
     pictures = torch.stack(views[:2], 1) if method is Relative else views[0]                           # (B, T, C, h, w)
@@ -221,6 +224,35 @@ def test_the_loss_looks_at_every_tile(method):
         other[:, place] = 0.5
         other = other.unbind(1) if method is Relative else (other,)
         assert not torch.equal(model(*other, *views[len(other):])["loss"], before)
+
+
+class OfOneSize(torch.nn.Module):
+    """An encoder that takes one size only, as vision transformers do, and says so in two lines."""
+    dim = 4
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.linear = size, torch.nn.Linear(size * size, 4)
+
+    def forward(self, x):
+        assert x.shape[2] == self.size, f"input height ({x.shape[2]})\ndoesn't match model"
+        return self.linear(x.flatten(1))
+
+
+@pytest.mark.parametrize("method", [Relative, Jigsaw, Rubik])
+def test_the_size_of_tiles_is_named_where_the_encoder_fails(method):
+    model = method(OfOneSize(64), plain, gap=0.0, jitter=0.05, width=8, hidden=8)
+    with pytest.raises(ValueError, match=r"tiles, 19 x 19 pixels each \(input height \(19\)\); it has") as caught:
+        model(*model.views(batch(3)))
+    assert "\n" not in str(caught.value) and isinstance(caught.value.__cause__, AssertionError)
+    fitting = method(OfOneSize(19), plain, gap=0.0, jitter=0.05, width=8, hidden=8)
+    assert fitting(*fitting.views(batch(3)))["loss"].isfinite()
+
+    def full(x):
+        raise RuntimeError("not enough memory")
+    model.encoder.forward = full
+    with pytest.raises(RuntimeError, match="^not enough memory"):
+        model(*model.views(batch(3)))
 
 
 # ---- together --------------------------------------------------------------------------------------------------------
@@ -313,7 +345,7 @@ def test_spark_leaves_the_other_parts_alone(names):
     out = both(*[views if name == "rotation" else other for name in names])
     assert torch.equal(out["rotation.loss"], alone)                         # nothing is hidden from rotation
     assert torch.equal(out["restored"], out["spark.restored"])
-    out["loss"].backward()                                                  # both went through the same BatchNorm layers
+    out["loss"].backward()                                                 # both went through the same BatchNorm layers
 
 
 def test_together_has_one_encoder_and_loads_its_own_state():
@@ -337,6 +369,9 @@ def test_together_refuses_what_does_not_add_up():
         Together(encoder, plain, {"rotation": rotation, "simclr": SimCLR(tiny_encoder(), plain)})
     with pytest.raises(ValueError, match="weights for swav"):
         Together(encoder, plain, {"rotation": rotation}, {"swav": 2.0})
+    for weight in ("abc", -1, math.nan):
+        with pytest.raises(ValueError, match=f"rotation.weight={weight}: has to be a number"):
+            Together(encoder, plain, {"rotation": rotation}, {"rotation": weight})
     with pytest.raises(ValueError, match="no parts"):
         Together(encoder, plain, {})
 
@@ -344,7 +379,7 @@ def test_together_refuses_what_does_not_add_up():
 @pytest.mark.parametrize("method", [Relative, Jigsaw, Rubik])
 def test_each_image_is_judged_by_its_own_tiles(method):
     torch.manual_seed(0)
-    model = method(tiny_encoder(), plain).eval()
+    model = method(tiny_encoder(), plain, width=8, hidden=32).eval()
     views = model.views(batch(4) * torch.linspace(0.1, 8, 4).view(-1, 1, 1, 1))         # unlike each other
     alone = [model(*(view[i:i + 1] for view in views))["loss"] for i in range(4)]
     torch.testing.assert_close(model(*views)["loss"], sum(alone) / 4)

@@ -11,8 +11,17 @@ import torch.nn.functional as F
 from medssl import genesis, pcrl
 from medssl.autoencoder import Autoencoder
 from medssl.common import augment, unet
-from medssl.genesis import (Genesis, bezier_map, boxes, curve_map, in_paint, local_shuffle, out_paint, random_bands,
-                            shuffle_blocks)
+from medssl.genesis import (
+    Genesis,
+    bezier_map,
+    boxes,
+    curve_map,
+    in_paint,
+    local_shuffle,
+    out_paint,
+    random_bands,
+    shuffle_blocks,
+)
 from medssl.pcrl import PCRL, transform, undo
 from tests.common import batch, tiny_encoder
 
@@ -43,14 +52,14 @@ def test_genesis_leaves_the_target_alone_but_for_flips():
     torch.manual_seed(0)
     images = torch.rand(12, 2, 40, 40)
     original = images.clone()
-    distorted, target = Genesis(None, augment.build("flips", 40), None).views(images)
+    distorted, target = Genesis(tiny_encoder(), augment.Augment(40, flip=0.5, flip_vertical=0.5), None).views(images)
     assert torch.equal(images, original)
     flips = torch.stack([images.flip(dims) for dims in ((), (2,), (3,), (2, 3))])
     which = ((target - flips).abs().amax((2, 3, 4)) < 1e-4).int()           # (4, 12)
     assert (which.sum(0) == 1).all() and (which.sum(1) > 0).all()
     assert distorted.shape == target.shape and distorted.min() >= 0 and distorted.max() <= 1
 
-    nothing = Genesis(None, plain, None, shuffle=0, intensity=0, paint=0)
+    nothing = Genesis(tiny_encoder(), plain, None, shuffle=0, intensity=0, paint=0)
     assert all(torch.equal(view, images) for view in nothing.views(images))
 
 
@@ -60,7 +69,7 @@ def test_genesis_distorts_as_often_as_published():
     changed = {}
     for word in ("shuffle", "intensity", "paint"):
         others = dict.fromkeys({"shuffle", "intensity", "paint"} - {word}, 0)
-        distorted, target = Genesis(None, plain, None, **others).views(images)
+        distorted, target = Genesis(tiny_encoder(), plain, None, **others).views(images)
         assert torch.equal(target, images)
         changed[word] = differs(distorted, target)
     assert_share(changed["shuffle"], 0.5)
@@ -262,43 +271,62 @@ def test_control_vectors_say_what_was_done_and_can_be_undone():
 def test_pcrl_views():
     torch.manual_seed(1)
     images = torch.rand(1200, 1, 12, 12)
-    x1, x2, target1, target2, code, alpha, order = pcrl_method().views(images)
-    assert torch.equal(undo(target1, code), images) and torch.equal(undo(target2, code), images)
-    assert set(code.unique().tolist()) == {0.0, 1.0} and (code[:, 2:].sum(1) == 1).all()
-    for bit, share in enumerate((0.5, 0.5, 0.25, 0.25, 0.25, 0.25)):
-        assert_share(code[:, bit] > 0, share)
+    x1, x2, *targets, codes, alpha, order = pcrl_method().views(images)
+    assert len(targets) == 3 and codes.shape == (1200, 3, 6)
+    for target, code in zip(targets, codes.unbind(1)):
+        torch.testing.assert_close(undo(target, code), images)              # views and mixture are the image
+        assert set(code.unique().tolist()) == {0.0, 1.0} and (code[:, 2:].sum(1) == 1).all()
+        for bit, share in enumerate((0.5, 0.5, 0.25, 0.25, 0.25, 0.25)):
+            assert_share(code[:, bit] > 0, share)
+    one, two, three = codes.unbind(1)                                       # each picture is turned in its own way
+    for a, b in ((one, two), (one, three), (two, three)):
+        assert_share((a == b).all(1), 1 / 16)
     for x in (x1, x2):
-        assert_share(differs(x, images), 0.4 * (0.8 + 0.2 * 0.95))
+        assert_share(differs(x, images), 0.9 * (0.8 + 0.2 * 0.95))          # in-painting may draw no box
+    around = [x[:, 0, 0, 0] != images[:, 0, 0, 0] for x in (x1, x2)]        # only out-painting reaches the corner
+    assert torch.equal(*around) and differs(x1, x2)[around[0]].all()        # one draw for both views, other noise
+    assert_share(around[0], 0.9 * 0.8)
     assert alpha.min() >= 0.5 and alpha.max() <= 1 and abs(alpha.mean() - 0.75) < 0.03
     assert order.sort().values.equal(torch.arange(1200))
 
 
 def test_pcrl_mixes_features_and_targets_with_one_weight():
+    """The third target is the mixture of the first two pictures by the alpha that mixes the features."""
+    pictures = iter((batch(4), batch(4, seed=1)))
+    *_, target, target_key, target_mix, codes, alpha, _ = pcrl_method(lambda images: next(pictures)).views(batch(4))
+    a, b, mixture = (undo(x, code) for x, code in zip((target, target_key, target_mix), codes.unbind(1)))
+    share = alpha.view(-1, 1, 1, 1)
+    torch.testing.assert_close(mixture, share * a + (1 - share) * b)
+    assert not torch.equal(a, b)
+
+
+def test_pcrl_terms_by_hand():
     method = pcrl_method().eval()
-    x1, x2, t1, t2 = (batch(4, seed=seed) for seed in range(4))
-    code, alpha = codes()[[1, 6, 11, 12]], torch.tensor([0.5, 0.7, 0.9, 1.0])
-    out = method(x1, x2, t1, t2, code, alpha, torch.tensor([2, 0, 3, 1]))
+    x1, x2, *targets = (batch(4, seed=seed) for seed in range(5))
+    alpha = torch.tensor([0.5, 0.7, 0.9, 1.0])
+    some = torch.stack([codes()[[1, 6, 11, 12]], codes()[[3, 2, 7, 0]], codes()[[5, 9, 15, 4]]], 1)     # (4, 3, 6)
+    out = method(x1, x2, *targets, some, alpha, torch.tensor([2, 0, 3, 1]))
     share = alpha.view(-1, 1, 1, 1)
     new, old = method.encoder.features(x1), method.key_encoder.features(x2)
     mixed = [share * a + (1 - share) * b for a, b in zip(new, old)]
-    gate = torch.sigmoid(method.control(code))[:, :, None, None]
-    targets = {"": t1, "_key": t2, "_mix": share * t1 + (1 - share) * t2}
-    for name, maps in (("", new), ("_key", old), ("_mix", mixed)):
-        restored = method.decoder(maps[:-1] + [maps[-1] * gate]).sigmoid()
-        assert torch.allclose(out["restoration" + name], (restored - targets[name]).square().mean(), atol=1e-6)
+    pictures = []
+    for name, maps, target, code in zip(("", "_key", "_mix"), (new, old, mixed), targets, some.unbind(1)):
+        gate = torch.sigmoid(method.control(code))[:, :, None, None]
+        pictures.append(method.decoder(maps[:-1] + [maps[-1] * gate]))      # nothing squeezes it into [0, 1]
+        assert torch.allclose(out["restoration" + name], (pictures[-1] - target).square().mean(), atol=1e-6)
     pooled = [maps[-1].mean((2, 3)) for maps in (new, old, mixed)]
     q, k, m = (F.normalize(head(z), dim=1) for head, z in
-               zip((method.projector, method.key_projector, method.projector), pooled))
+               zip((method.projector, method.key_projector, method.key_projector), pooled))
     assert torch.allclose(out["keys"], k, atol=1e-6)                        # whatever the order they were encoded in
+    assert torch.allclose(out["mixed"], m, atol=1e-6) and not out["mixed"].requires_grad
     for name, key in (("contrast", k), ("contrast_mix", m)):
         logits = torch.cat([(q * key).sum(1, keepdim=True), q @ method.queue.T], 1) / 0.2
         assert torch.allclose(out[name], F.cross_entropy(logits, torch.zeros(4).long()), atol=1e-5)
-    restorations = sum(out["restoration" + name] for name in targets)
+    restorations = sum(out["restoration" + name] for name in ("", "_key", "_mix"))
     assert torch.allclose(out["loss"], (out["contrast"] + out["contrast_mix"]) / 2 + restorations / 3)
-    greys = sum(t.var((2, 3), correction=0).mean() for t in targets.values()) / 3
+    greys = sum(t.var((2, 3), correction=0).mean() for t in targets) / 3
     assert torch.allclose(out["chance"], math.log(21) + greys)
-    restored = method.decoder(new[:-1] + [new[-1] * gate]).sigmoid()
-    assert torch.allclose(transform(out["restored"], code), restored, atol=1e-6)
+    assert torch.allclose(transform(out["restored"], some[:, 0]), pictures[0].clamp(0, 1), atol=1e-6)
 
 
 def test_where_the_gradients_of_the_terms_go():
@@ -315,22 +343,22 @@ def test_where_the_gradients_of_the_terms_go():
         assert parts == expected, term
 
 
-def test_every_bit_of_the_control_vector_has_an_effect():
+def test_every_bit_of_a_control_vector_has_an_effect_on_its_own_picture():
     method = pcrl_method()
-    x1, x2, t1, t2, code, alpha, order = method.views(batch(5))
-    one = method(x1, x2, t1, t2, code, alpha, order)
+    *views, codes, alpha, order = method.views(batch(3, size=32))
+    one = method(*views, codes, alpha, order)
+    terms = ("restoration", "restoration_key", "restoration_mix")
     for bit in range(6):
-        turned = code.clone()
-        turned[::2, bit] = 1 - code[::2, bit]
-        other = method(x1, x2, t1, t2, turned, alpha, order)
-        for term in ("restoration", "restoration_key", "restoration_mix"):
+        for which, term in enumerate(terms):
+            turned = codes.clone()
+            turned[::2, which, bit] = 1 - codes[::2, which, bit]
+            other = method(*views, turned, alpha, order)
             assert one[term] != other[term], (bit, term)
-        for term in ("contrast", "contrast_mix"):
-            assert torch.equal(one[term], other[term]), (bit, term)
+            assert all(torch.equal(one[t], other[t]) for t in (*terms, "contrast", "contrast_mix") if t != term)
 
 
 def test_pcrl_queue_and_slow_copy():
-    method = pcrl_method(queue_size=10, momentum=0.9)
+    method = pcrl_method(queue_size=14, momentum=0.9)
     method.pointer.fill_(7)
     before, queue = copy.deepcopy(method), method.queue.clone()
     out = method(*method.views(batch(5)))
@@ -338,8 +366,9 @@ def test_pcrl_queue_and_slow_copy():
         for p in (*method.encoder.parameters(), *method.projector.parameters()):
             p.add_(1)
     method.after_step([out], 0.5)
-    assert torch.equal(method.queue[[7, 8, 9, 0, 1]], out["keys"]) and torch.equal(method.queue[2:7], queue[2:7])
-    assert method.pointer == 2
+    assert torch.equal(method.queue[7:12], out["keys"])                     # the keys, and then the mixtures
+    assert torch.equal(method.queue[[12, 13, 0, 1, 2]], out["mixed"]) and torch.equal(method.queue[3:7], queue[3:7])
+    assert method.pointer == 3
     for name in ("key_encoder", "key_projector"):
         for new, old in zip(getattr(method, name).parameters(), getattr(before, name).parameters()):
             assert torch.allclose(new, old + 0.1, atol=1e-5)
@@ -355,8 +384,9 @@ def test_genesis_and_pcrl_paint_alike():
 
 def test_pcrl_restores_each_view_as_it_was_before_painting():
     torch.manual_seed(0)
-    x1, x2, target1, target2, code, _, _ = pcrl_method(augment.build("ct", 32), paint=0).views(batch(8))
-    assert torch.equal(undo(target1, code), x1) and torch.equal(undo(target2, code), x2) and not torch.equal(x1, x2)
+    x1, x2, target, target_key, _, code, _, _ = pcrl_method(augment.build("ct", 32), paint=0).views(batch(8))
+    assert torch.equal(undo(target, code[:, 0]), x1) and torch.equal(undo(target_key, code[:, 1]), x2)
+    assert not torch.equal(x1, x2)
 
 
 def test_pcrl_key_chunks_have_their_own_statistics():
@@ -373,5 +403,5 @@ def test_genesis_distortions_follow_each_other(monkeypatch):
     monkeypatch.setattr(genesis, "bezier_map", lambda x: 1 - x)
     for name in ("in_paint", "out_paint"):
         monkeypatch.setattr(genesis, name, lambda x: x / 2)
-    distorted, target = Genesis(None, plain, None, shuffle=1, intensity=1, paint=1).views(batch(4))
+    distorted, target = Genesis(tiny_encoder(), plain, None, shuffle=1, intensity=1, paint=1).views(batch(4))
     assert torch.equal(distorted, (1 - target.flip(3)) / 2) and torch.equal(target, batch(4))

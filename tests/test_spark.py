@@ -117,7 +117,7 @@ def test_nothing_hidden_equals_the_dense_network(training):
     sparse(ours, some_mask(ours, ratio=0.0))
     for a, b in zip(ours.features(batch(3).double()), dense.features(batch(3).double())):
         close(a, b)
-    for (name, a), b in zip(ours.named_buffers(), dense.buffers()):
+    for a, b in zip(ours.buffers(), dense.buffers()):
         close(a, b)
     assert training == (dense.bn1.num_batches_tracked == 1)
 
@@ -339,12 +339,25 @@ def test_decoder_is_the_papers(monkeypatch):
     for name in ("trunc_normal_", "kaiming_normal_", "kaiming_uniform_"):   # 29 million numbers that nobody looks at
         monkeypatch.setattr(nn.init, name, lambda tensor, **words: tensor)
     encoder = nn.Identity()
-    encoder.strides, encoder.widths = [4, 8, 16, 32], [256, 512, 1024, 2048]
+    encoder.strides, encoder.widths, encoder.features = [4, 8, 16, 32], [256, 512, 1024, 2048], None
     method = SparK(encoder, None, channels=3)
     count = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (method.ups, method.head, method.projections)]
     assert round(count[0] + count[1], 1) == 23.2 and round(count[2], 1) == 6.2
     assert [len(up) for up in method.ups] == [1, 1, 1, 2]
     assert [len(up) for up in SparK(tiny_encoder(stem="small"), None, width=32).ups] == [1, 1, 1, 0]
+
+
+def test_projections_start_as_published():
+    """With torch's own start, and the coarsest is the identity where its widths match."""
+    torch.manual_seed(0)
+    wide, narrow = SparK(tiny_encoder(), None, width=64), SparK(tiny_encoder(), None, width=32)
+    assert isinstance(wide.projections[0], nn.Identity) and isinstance(wide.projections[1], nn.Conv2d)
+    for layer in narrow.projections:
+        bound = (layer.in_channels * layer.kernel_size[0] ** 2) ** -0.5     # uniform up to it
+        assert 0.9 * bound < layer.weight.abs().max() <= bound and layer.bias.abs().max() > 0.1 * bound
+    for layer in narrow.ups[0].modules():
+        if isinstance(layer, nn.Conv2d):
+            assert abs(layer.weight.std() - 0.02) < 0.002
 
 
 def test_a_cell_may_be_a_multiple_of_the_stride():
@@ -358,11 +371,16 @@ def test_a_cell_may_be_a_multiple_of_the_stride():
     ({"mask_ratio": 0.9}, 96, r"1 would be visible.*larger --size"),
     ({}, 80, r"80 x 80 pixels do not divide into cells of 32"),
     ({"cell": 48}, 96, "must be a multiple of the encoder's total stride, 32"),
-    ({"mask_ratio": 1.0}, 96, "mask_ratio is 1.0"),
+    ({"mask_ratio": 1.0}, 96, "mask_ratio=1.0"),
     ({"width": 16}, 96, "width is 16 and may not")])
 def test_one_clear_line(words, size, line):
     with pytest.raises(ValueError, match=line):
         SparK(tiny_encoder(), lambda x: x, **{"width": 32, **words}).views(batch(2, size=size))
+
+
+def test_a_decoder_for_other_channels_is_refused_in_words():
+    with pytest.raises(ValueError, match=r"have 3 channels, the decoder paints 1: build SparK\(..., channels=3\)"):
+        SparK(tiny_encoder(3), lambda x: x, width=32).views(batch(2, 3))
 
 
 def test_other_norms_are_refused():

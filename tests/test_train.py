@@ -1,4 +1,5 @@
-"""The command line of train.py: one clear line and exit status 2 for every misuse, nothing half-written; a run leaves what it promises."""
+"""The command line of train.py: one clear line and exit status 2 for every misuse, nothing half-written; a run leaves
+what it promises."""
 
 import importlib.util
 import json
@@ -50,9 +51,11 @@ def fails(capsys, *words):
 
 
 def test_a_run_leaves_what_it_promises(folder, capsys):
-    train.main(["--method", "moco", "--data", str(folder), "--encoder", "tiny", "--out", "run", "--set", "queue_size=24", "dim=16", "--keep-every", "2", *FAST])
+    train.main(["--method", "moco", "--data", str(folder), "--encoder", "tiny", "--out", "run", "--set",
+                "queue_size=24", "dim=16", "--keep-every", "2", *FAST])
     out = Path("run")
-    assert {p.name for p in out.iterdir()} == {"config.json", "log.jsonl", "checkpoint.pt", "encoder.pt", "encoder.json", "encoder-2.pt", "encoder-2.json",
+    assert {p.name for p in out.iterdir()} == {"config.json", "log.jsonl", "checkpoint.pt", "encoder.pt",
+                                               "encoder.json", "encoder-2.pt", "encoder-2.json",
                                                "views.png", "curves.png", "spectrum.png"}
     config = json.loads((out / "config.json").read_text())
     assert config["arguments"]["parts"]["moco"]["words"].items() >= {"queue_size": 24, "dim": 16}.items()
@@ -61,18 +64,20 @@ def test_a_run_leaves_what_it_promises(folder, capsys):
     assert torch.load(out / "checkpoint.pt", weights_only=True)["method"]["queue"].shape == (24, 16)
     encoders.load(out, encoders.build("tiny", 1, "default"))
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in log] == [1, 2, 3] and {"loss", "chance", "lr", "images_per_s", "rank_me", "spread"} <= log[-1].keys()
+    assert [line["step"] for line in log] == [1, 2, 3] and {"loss", "chance", "lr", "images_per_s", "rank_me",
+                                                            "spread"} <= log[-1].keys()
     for path in out.iterdir():                                              # neither file names nor places
         assert b"bright" not in path.read_bytes() or path.name == "config.json"
     said = capsys.readouterr().out
-    assert "preset small" in said and "RECIPE of moco" in said and "encoder.pt" in said
+    assert "preset small: 3 steps of moco" in said and "queue_size 24 instead of 65536" in said
+    assert "RECIPE of moco" in said and "encoder.pt" in said
 
     before = torch.load(out / "encoder.pt", weights_only=True)
     shutil.copytree(out, "copy")
     train.main(["--resume", "--out", "copy"])                               # nothing left to do, nothing changed
     assert all(torch.equal(v, before[k]) for k, v in torch.load("copy/encoder.pt", weights_only=True).items())
-    train.main(["--method", "rotation+simclr", "--data", str(folder), "--encoder", "tiny", "--init", "run", "--out", "next",
-                "--set", "simclr.temperature=0.2", "rotation.weight=0.5", *FAST])
+    train.main(["--method", "rotation+simclr", "--data", str(folder), "--encoder", "tiny", "--init", "run",
+                "--out", "next", "--set", "simclr.temperature=0.2", "rotation.weight=0.5", *FAST])
     assert "of" in capsys.readouterr().out and Path("next/encoder.pt").exists()
 
 
@@ -82,7 +87,8 @@ def split(tmp_path_factory):
     path = tmp_path_factory.mktemp("split") / "split.npz"
     pictures, labels = batch(56, 1, 32).numpy()[:, 0], np.arange(56)[:, None] % 2
     pictures = (pictures * np.where(labels == 1, 255, 120)[..., None]).astype(np.uint8)
-    np.savez(path, train_images=pictures[:40], train_labels=labels[:40], val_images=pictures[40:], val_labels=labels[40:])
+    np.savez(path, train_images=pictures[:40], train_labels=labels[:40], val_images=pictures[40:],
+             val_labels=labels[40:])
     return path
 
 
@@ -98,7 +104,7 @@ def test_resume_needs_nothing_but_the_folder(split, monkeypatch):
     with Path("again/log.jsonl").open("a") as log:
         log.write('{"step": 3, "loss": 99.0, "lr": 0.0, "images_per_s": 1.0}\n{"step": 4, "lo')
     drawn, draw = [], Monitor.draw_curves
-    monkeypatch.setattr(Monitor, "draw_curves", lambda monitor, history: drawn.append(history) or draw(monitor, history))
+    monkeypatch.setattr(Monitor, "draw_curves", lambda *given: drawn.append(given[1]) or draw(*given))
     train.main(["--resume", "--out", "again"])
     assert drawn[-1] == files.read_log(Path("again/log.jsonl"))             # to the last digit
     resumed = torch.load("again/checkpoint.pt", weights_only=True)
@@ -219,14 +225,17 @@ def test_wrong_words(folder, capsys):
     assert "--steps" in fails(capsys, "--steps", "0")
     assert "not allowed with" in fails(capsys, "--steps", "1", "--epochs", "1")
     assert "--bach" in fails(capsys, "--bach", "3")
-    assert "did you mean temperature" in fails(capsys, "--method", "simclr", "--set", "temprature=1", "--data", folder, *FAST)
+    assert "did you mean temperature" in fails(capsys, "--method", "simclr", "--set", "temprature=1", "--data", folder,
+                                               *FAST)
     assert "float" in fails(capsys, "--method", "simclr", "--set", "temperature=hot", "--data", folder, *FAST)
     assert "write name=value" in fails(capsys, "--set", "temperature", "--data", folder, *FAST)
     assert "PART.NAME" in fails(capsys, "--method", "simclr+byol", "--set", "dim=8", "--data", folder, *FAST)
-    assert "has no decoder" in fails(capsys, "--method", "simclr", "--set", "decoder.skips=False", "--data", folder, *FAST)
+    assert "has no decoder" in fails(capsys, "--method", "simclr", "--set", "decoder.skips=False", "--data", folder,
+                                     *FAST)
     assert "must divide" in fails(capsys, "--method", "simclr", "--accum", "3", "--data", folder, *FAST)
     words = ["--data", folder, "--method", "simclr", *FAST]
-    assert "simclr.weight" in fails(capsys, "--method", "simclr+byol", "--set", "simclr.weight=abc", "--data", folder, *FAST)
+    assert "simclr.weight" in fails(capsys, "--method", "simclr+byol", "--set", "simclr.weight=abc", "--data", folder,
+                                    *FAST)
     assert "not a finite number" in fails(capsys, *words, "--set", "temperature=1e999")
     assert "did you mean --method" in fails(capsys, "--methd", "simclr")
     assert "--weight-decay" in fails(capsys, *words, "--weight-decay", "-1")
@@ -253,7 +262,14 @@ def test_wrong_places(folder, tmp_path, capsys):
     assert "leave out --batch" in fails(capsys, "--resume", "--out", "x", "--batch", "3")
     (tmp_path / "old").mkdir()
     (tmp_path / "old/checkpoint.pt").write_bytes(b"")
-    assert "holds checkpoint.pt already; --resume" in fails(capsys, "--out", "old", "--data", folder, "--method", "simclr", *FAST)
+    assert "holds checkpoint.pt already; --resume" in fails(capsys, "--out", "old", "--data", folder, "--method",
+                                                            "simclr", *FAST)
+
+
+def test_a_set_without_images_to_learn_from(tmp_path, capsys):
+    Image.new("L", (32, 32), 99).save(tmp_path / "a.png")
+    (tmp_path / "split.csv").write_text("file,split\na.png,test\n")
+    assert "no image to learn from" in fails(capsys, "--method", "rotation", "--data", tmp_path, *FAST)
 
 
 def test_a_checkpoint_of_another_method_is_refused(folder, capsys):
@@ -308,13 +324,15 @@ def test_the_small_preset_looks_at_the_set(monkeypatch):
     assert small(200, 64, 1, "--set", "queue_size=70").parts["moco"].words["queue_size"] == 70
     views = [small(1000, 64, channels).parts["moco"].views for channels in (1, 3)]
     assert views == ["slices", "histology"] and small(1000, 64, 3, "--views", "ct").parts["moco"].views == "ct"
+    assert small(1000, 64, 3, "--channels", "1").parts["moco"].views == "slices"
+    assert small(1000, 64, 1, "--channels", "3").parts["moco"].views == "slices"
     assert settings.settle(train.parse([]), METHODS, ["medmoco"], presets.PHANTOMS)[0].steps == 500
 
 
 def test_what_a_method_needs_stands_beside_its_recipe(monkeypatch):
     module = sys.modules[METHODS["moco"].__module__]
-    monkeypatch.setattr(module, "SMALL", {"temperature": 0.5, "views": "xray", "steps": 700, "stem": "nopool", "lr": 0.5,
-                                          "batch": 16}, raising=False)
+    monkeypatch.setattr(module, "SMALL", {"temperature": 0.5, "views": "xray", "steps": 700, "stem": "nopool",
+                                          "lr": 0.5, "batch": 16}, raising=False)
     ours = settle("--method", "moco", "--data", "x", count=100)
     assert (ours.steps, ours.stem, ours.lr, ours.batch) == (1200, "nopool", 0.5, 16)
     assert ours.parts["moco"] == settings.Part("xray", words={"temperature": 0.5, "queue_size": 25})
@@ -340,8 +358,8 @@ def test_settings_of_the_optimiser():
     ours = settle("--method", "byol", "--data", "x", "--optimizer", "lars", "--options", "trust=0.02", "--warmup", "3")
     assert ours.options == {"trust": 0.02} and ours.training("out", False).options == {"trust": 0.02}
     assert ours.warmup == 3 * (1000 // 64) == ours.training("out", False).warmup
-    ours = settle("--method", "swav", "--data", "x", "--preset", "paper", "--encoder", "tiny", "--size", "64", "--options",
-                  "trust=0.5")
+    ours = settle("--method", "swav", "--data", "x", "--preset", "paper", "--encoder", "tiny", "--size", "64",
+                  "--options", "trust=0.5")
     assert ours.options == {"momentum": 0.9, "trust": 0.5}                  # the RECIPE's, with one changed
 
 
@@ -349,7 +367,8 @@ MINE = """
 import torch
 from torch import nn
 
-RECIPE = {"optimizer": "adam", "lr": 1e-3, "weight_decay": 0.0, "batch": 8, "epochs": 1, "warmup": 0, "views": "plain", "size": 32}
+RECIPE = {"optimizer": "adam", "lr": 1e-3, "weight_decay": 0.0, "batch": 8, "epochs": 1, "warmup": 0,
+          "views": "plain", "size": 32}
 SMALL = {}
 
 
@@ -395,7 +414,8 @@ def test_only_what_the_user_was_told_becomes_a_line(mine, folder, monkeypatch, c
     words = ["--method", "mine", "--data", str(folder), *FAST]
     assert "mine (--set): wrong is 1" in fails(capsys, *words, "--set", "wrong=1")
     assert "choose another --size" in fails(capsys, *words, "--set", "wrong=2")
-    for wrong, message in ((3, "too many values"), (4, "batch_size"), (5, "more than 1 value")):      # mistakes in the code
+    # mistakes in the code
+    for wrong, message in ((3, "too many values"), (4, "batch_size"), (5, "more than 1 value")):
         with pytest.raises(ValueError, match=message):
             cli.run(lambda wrong=wrong: train.main([*words, "--set", f"wrong={wrong}"]))
     assert not Path("runs").exists()

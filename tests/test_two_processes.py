@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from medssl import dcl, moco, simclr, swav, vicreg
+from medssl import dcl, lejepa, moco, simclr, swav, vicreg
 from tests.two_process import run_processes
 
 IMAGES, DIM = 12, 6
@@ -42,11 +42,18 @@ def swav_method(**words):
     return method
 
 
+def lejepa_directions(rows):
+    """Each process draws its own; those of the first, which holds row 0, are to serve all."""
+    generator = torch.Generator().manual_seed(rows[0].item())
+    return (F.normalize(torch.randn(DIM, 8, generator=generator, dtype=torch.float64), dim=0),)
+
+
 CASES = {
     "simclr": lambda: Rows(simclr.SimCLR(identity(), None)),
     "dcl": lambda: Rows(dcl.DCL(identity(), None)),
     "dclw": lambda: Rows(dcl.DCL(identity(), None, sigma=0.5)),
     "vicreg": lambda: Rows(vicreg.VICReg(identity(), None)),
+    "lejepa": lambda: Rows(lejepa.LeJEPA(identity(), None, dim=DIM), views=3, others=lejepa_directions),
     "swav": lambda: Rows(swav_method(), views=4),
     "swav with queue": lambda: Rows(swav_method(queue_size=16)),
     "moco": lambda: Rows(moco.MoCo(identity(), None, dim=DIM, queue_size=20),

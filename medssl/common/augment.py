@@ -206,8 +206,8 @@ def gaussian_blur(x, sigma):
 # look at the run's views.png. What Augment cannot do, any callable can: see README.
 RECIPES = {
     "plain": {},
-    # autoencoder and Genesis, Zhang et al.; there one flip with probability 0.4 in 2D, here all four ways alike
-    "flips": {"flip": 0.5, "flip_vertical": 0.5},
+    # autoencoder and Genesis, Zhang et al.; in their 2D code one flip, left-right or up-down, with probability 0.4
+    "flips": {"flip": 0.2, "flip_vertical": 0.2},
     # SparK; bicubic there
     "mild": {"crop": (0.67, 1.0), "flip": 0.5},
     # MoCo v2

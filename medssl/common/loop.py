@@ -177,7 +177,7 @@ def to_floats(record, world, device):
     values = torch.stack([torch.as_tensor(v, dtype=kind, device=device) for v in record.values()])
     if world > 1:
         dist.all_reduce(values)
-    return dict(zip(record, (values / world).tolist())) | {"step": record["step"]}
+    return dict(zip(record, (values / world).tolist(), strict=True)) | {"step": record["step"]}
 
 
 def stop_at(first_bad, config):

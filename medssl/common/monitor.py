@@ -108,7 +108,7 @@ class Monitor:
         """The log so far, as curves.png."""
         def series(key):
             points = [(record["step"], record[key]) for record in history if key in record]
-            return {key: tuple(zip(*points))} if points else {}
+            return {key: tuple(zip(*points, strict=True))} if points else {}
 
         chance = [record["chance"] for record in history if "chance" in record]
         panels = [{"series": series("loss"), "title": "loss", "x_label": "step", "y_label": "loss",

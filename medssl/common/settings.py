@@ -8,7 +8,7 @@ classes, so that nothing here knows one by name.
 import inspect
 import platform
 import sys
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -106,12 +106,13 @@ def settle(args, methods, names, found):
         plan.pop("weight_decay_end", None)
     plan |= given
     check_optimizer(plan["optimizer"], own)
+    seen = replace(found, channels=min(found.channels, args.channels or 3))
     settled = ("encoder", "size", "batch", "optimizer", "lr", "weight_decay", "weight_decay_end", "clip")
     settings = Settings(
         method=args.method, data=args.data if args.data == "phantoms" else str(Path(args.data).resolve()),
         label=args.label, preset=args.preset, steps=0, warmup=0, options=own,
         stem=args.stem or ("small" if plan["size"] < 40 else plan.get("stem", "default")),
-        parts=parts_of(methods, names, args.set, args.views, found if args.preset == "small" else None),
+        parts=parts_of(methods, names, args.set, args.views, seen if args.preset == "small" else None),
         **{name: plan.get(name) for name in settled}, **{name: getattr(args, name) for name in AS_GIVEN})
     cost = rehearse(methods, settings, args.channels or found.channels)
     settings.steps, settings.warmup = presets.length(plan, given, found, cost)
@@ -217,8 +218,8 @@ def build(methods, parts, encoder, channels, size):
 def changed(methods, settings):
     """What is otherwise than in the RECIPE of the (first) method and in the constructors, in words."""
     names = list(settings.parts)
-    paper = presets.paper(methods[names[0]])
-    for key in ("encoder", "size", "batch", "optimizer", "lr", "weight_decay"):
+    paper = {"stem": "default", **presets.paper(methods[names[0]])}
+    for key in ("encoder", "stem", "size", "batch", "optimizer", "lr", "weight_decay"):
         if getattr(settings, key) != paper[key]:
             yield f"{key.replace('_', ' ')} {getattr(settings, key)} instead of {paper[key]}"
     for name, part in settings.parts.items():
