@@ -436,10 +436,9 @@ def collapse(given):
 def collapse_effects(found):
     given = found.given
     frozen, trained = ("segment", "unet") if given.masks else ("linear", "finetune")
-    ranks = [found.score(row, "collapse", "rank_me", beside="neither")
-             for row in ("random, normalised", "neither", "decorrelation")]
-    yield Effect("RankMe: random weights, normalised, less MoCo v2", ranks[0] - ranks[1], claim=17)
-    yield Effect("RankMe: decorrelation less MoCo v2", ranks[2] - ranks[1], claim=18)
+    over = found.gain("neither", "collapse", "rank_me", over="random, normalised")
+    yield Effect("RankMe: random weights, normalised, less MoCo v2", -over, claim=17)
+    yield Effect("RankMe: decorrelation less MoCo v2", found.between("decorrelation", "neither", "collapse"), claim=18)
     local, both = found.between("local", "neither", frozen), found.between("both", "neither", frozen)
     yield Effect(f"{frozen}: local less MoCo v2", local, claim=19 if given.masks else None)
     tuned = found.between("both", "neither", trained, "trained")

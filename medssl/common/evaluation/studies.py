@@ -42,13 +42,14 @@ except ImportError:                                                         # on
     fcntl = None
 
 ROOT = Path(__file__).parents[3]                # of the checkout: train.py and evaluate.py lie there
-PROBE = 20                                      # steps by which a pace is measured
+PROBE = 10                                      # steps by which a pace is measured; the monitor looks half-way
 BATCH = 32                                      # of read-outs that are trained
 LEAST_READ, MOST_READ = 60, 20                  # steps; passes over the training images
 LEAST = 50                                      # steps of a run
 FITS = 3                                        # seeds of the read-outs
 COSTS = {"finetune": 0.6, "grade": 0.6, "segment": 0.6, "unet": 1.2}        # of an image, beside the cheapest run's
 STARTING, FROZEN = 8, 3                         # seconds: of an evaluation; of a fit that trains nothing
+LOOKED = 10                                     # times the monitor looks at a run
 CHECKPOINTS = 10                                # of a run: what a stopped one loses at most is a tenth
 PAUSE = 0.05                                    # seconds between two looks at what runs
 RARE = 4                                        # images of the rare class that an imbalance series leaves at least
@@ -65,10 +66,11 @@ def main(argv=None):
     if missing:
         raise UserError(f"{' and '.join(missing)}: not in {ROOT}; studies run them, so start from a checkout of the "
                         "project, not from an installed package")
+    check(args, protocol)
     with held(out) as lock:
-        begin(out, args)
         work = Work(out, args.jobs, lock)
-        given = look(args, protocol, work)
+        with begun(out, args):
+            given = look(args, protocol, work)
         commands = list(protocol.commands(given))
         plan = settle(args, given, protocol, commands, work)
         print(told(args, protocol, commands, plan))
@@ -128,27 +130,32 @@ def held(out):
         yield lock
 
 
-def begin(out, args):
-    """Refuses a folder that holds another study."""
+@contextmanager
+def begun(out, args):
+    """Refuses a folder that holds another study; a start that fails leaves the folder free."""
     asked = {key: value for key, value in vars(args).items() if key not in ("jobs", "out")}
     path = out / "asked.json"
-    if path.is_file():
-        before = json.loads(path.read_text())
-        other = [f"{key} {before.get(key)}" for key, value in asked.items() if before.get(key) != value]
-        if other:
-            raise UserError(f"--out {out}: was begun with {', '.join(other)}; choose another folder")
+    before = json.loads(path.read_text()) if path.is_file() else asked
+    other = [f"{key} {before.get(key)}" for key, value in asked.items() if before.get(key) != value]
+    if other:
+        raise UserError(f"--out {out}: was begun with {', '.join(other)}; choose another folder")
+    yield
     files.write_json(path, asked)
 
 
 # ---- what there is
 
-def look(args, protocol, work):
-    """The set, as far as a study has to know it."""
-    path = args.data if args.data == "phantoms" else str(Path(args.data).resolve())
-    if "other images than the phantoms" in protocol.needs and path == "phantoms":
+def check(args, protocol):
+    """Flags that the study lacks or would not heed."""
+    if "other images than the phantoms" in protocol.needs and args.data == "phantoms":
         raise UserError(f"{args.name}: the phantoms are its generic images; give others with --data")
     if ("--weights" in protocol.needs) != bool(args.weights):
         raise UserError(f"{args.name}: " + ("needs --weights FILE" if not args.weights else "takes no --weights"))
+
+
+def look(args, protocol, work):
+    """The set, as far as a study has to know it."""
+    path = args.data if args.data == "phantoms" else str(Path(args.data).resolve())
     label, removed = args.label, None
     if "patients" in protocol.needs:
         path, removed = prepared(path, args, work)
@@ -251,7 +258,7 @@ def measure(args, given, runs, work):
     first = {}
     for run in runs:
         first.setdefault(kind(run), run)
-    probes = [Command(f"pace-{run.row}", [*train_words(given, run, args.views, PROBE), "--log-every", "1",
+    probes = [Command(f"pace-{run.row}", [*train_words(given, run, args.views, PROBE), "--log-every", str(PROBE // 2),
                                           "--out", str(work.out / "pace" / run.row)],
                       work.out / "pace" / run.row, PROBE) for run in first.values()]
     if any(not probe.done() for probe in probes):
@@ -263,12 +270,11 @@ def measure(args, given, runs, work):
 
 
 def pace_of(folder):
-    """A record whose step came after a look of the monitor counts the look as well: the faster half is the pace."""
+    """The second half of a probe begins with a look of the monitor, of which a run has ten."""
     config, log = files.read_config(folder), files.read_log(folder / "log.jsonl")
-    batch, rates = config["arguments"]["batch"], [record["images_per_s"] for record in log]
-    step = batch / float(np.median(sorted(rates)[len(rates) // 2:]))
-    whole = sum(batch / rate for rate in rates)
-    return Pace(step, batch, STARTING + max(0, whole - len(rates) * step))
+    batch = config["arguments"]["batch"]
+    first, second = (batch / record["images_per_s"] for record in log)      # seconds of a step
+    return Pace(first, batch, STARTING + LOOKED * max(0, second - first) * PROBE / 2)
 
 
 def reading(evaluation, images, unit):
