@@ -1,5 +1,7 @@
-"""The studies as a program: which commands they run, that nothing is done twice, that what was stopped goes on, and what they conclude."""
+"""The studies as a program: which commands they run, that nothing is done twice, that what was stopped goes on, and
+what they conclude."""
 
+import inspect
 import json
 import math
 import shlex
@@ -14,11 +16,12 @@ import train
 from medssl import METHODS
 from medssl.common import cli, files, settings
 from medssl.common.errors import UserError
-from medssl.common.evaluation import findings, plan, protocols, studies
+from medssl.common.evaluation import commands, findings, plan, protocols, studies
 from medssl.common.evaluation.protocols import CLAIMS, STUDIES, Effect, Evaluation, Given, Protocol, Run
 from medssl.common.evaluation.study import Settings
 from tests.common import batch
 
+SCORES = ["balanced_accuracy", "dice", "epochs_to_95", "epochs_to_95_of_random", "recall a", "recall b", "recall c"]
 SPEEDS = {"medmoco": 100, "spark": 10}                                      # images/s of the made-up runs; others: 50
 
 
@@ -89,9 +92,9 @@ class Stage:
 @pytest.fixture
 def stage(monkeypatch):
     stage = Stage()
-    monkeypatch.setattr(studies, "start", stage)
-    monkeypatch.setattr(studies, "PAUSE", 0)
-    monkeypatch.setattr(findings, "draw", lambda found, title: ["chart.png"])                   # takes a second; see the last test
+    monkeypatch.setattr(commands, "start", stage)
+    monkeypatch.setattr(commands, "PAUSE", 0)
+    monkeypatch.setattr(findings, "draw", lambda found, title: ["chart.png"])                   # see the last test
     return stage
 
 
@@ -117,7 +120,7 @@ def trained(words, share=1.0):
 
 
 def read_out(words, worth=None):
-    """A folder of results. worth(model, cell, metric) is what a model is worth there; the seed of the read-out adds .1."""
+    """A folder of results. worth(model, cell, metric): what a model scores there; the seed of the read-out adds .1."""
     args = evaluate.parse(words[1:])
     chosen = evaluate.chosen(Settings, args)
     models = ["random", "random, normalised", *(name_of(path) for path in args.runs)]
@@ -125,8 +128,7 @@ def read_out(words, worth=None):
     for task in args.task:
         for cell in plan.cells_of(chosen, task):
             for model in models:
-                names = ["rank_me"] if task == "collapse" else ["balanced_accuracy", "dice", "epochs_to_95",
-                                                                "epochs_to_95_of_random", "recall a", "recall b", "recall c"]
+                names = ["rank_me"] if task == "collapse" else SCORES
                 trains = task in ("finetune", "unet", "segment")
                 if model == "random, normalised" and task in ("finetune", "unet"):
                     continue
@@ -155,9 +157,9 @@ def run(*words):
     studies.main([str(word) for word in words])
 
 
-def given_of(labels=True, masks=True, **more):
-    return Given("set", 3, labels, masks, size=64, channels=1, ratios=(1, 3, 10), rare="a", per_epoch=4,
-                 weights="net.pth", network="--encoder resnet18 --stem default", removed="set-removed", **more)
+def given_of(labels=True, masks=True):
+    return Given("set", 3, labels, masks, 64, 1, ratios=(1, 3, 10), rare="a", per_epoch=4, weights="net.pth",
+                 known_as="net", network="--encoder resnet18 --stem default", removed="set-removed")
 
 
 # ---- the protocols
@@ -178,12 +180,12 @@ def test_all_words_of_a_study_are_known_to_the_scripts(name, tmp_path):
         given = given_of(*kinds)
         if not all(getattr(given, need, True) for need in STUDIES[name].needs):
             continue
-        commands = list(STUDIES[name].commands(given))
-        lengths = {"steps": {each.name: 60 for each in commands if isinstance(each, Run)}, "read": 7, "reading": 1.0}
+        asked = list(STUDIES[name].commands(given))
+        lengths = {"steps": {each.name: 60 for each in asked if isinstance(each, Run)}, "read": 7, "reading": 1.0}
         lengths["seconds"] = dict.fromkeys(lengths["steps"], 1.0)
-        names = [each.name for each in commands]
+        names = [each.name for each in asked]
         assert len(names) == len(set(names)), "two commands would share a folder"
-        for command in studies.named(given, commands, lengths, "histology", tmp_path):
+        for command in studies.named(given, asked, lengths, "histology", tmp_path):
             if command.words[0] == "train.py":
                 check_run(train.parse(command.words[1:]))
             else:
@@ -196,26 +198,27 @@ def check_run(args):
     """None switches a part off, whatever the kind of its default."""
     pairs = [pair for pair in args.set if not pair.endswith("=None")]
     settings.parts_of(METHODS, [args.method], pairs, args.views)
-    assert set(cli.read_settings(args.set)) - {"decoder.skips"} <= set(settings.inspect.signature(METHODS[args.method]).parameters)
+    words = set(inspect.signature(METHODS[args.method]).parameters)
+    assert set(cli.read_settings(args.set)) - {"decoder.skips"} <= words
 
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_effects_speak_of_what_was_read_out(name, tmp_path):
     """With a number for every fit, every effect has one, and the claims of the study are those of its effects."""
     given = given_of()
-    commands = list(STUDIES[name].commands(given))
-    lengths = {"steps": {each.name: 60 for each in commands if isinstance(each, Run)}, "read": 7, "reading": 1.0}
+    asked = list(STUDIES[name].commands(given))
+    lengths = {"steps": {each.name: 60 for each in asked if isinstance(each, Run)}, "read": 7, "reading": 1.0}
     lengths["seconds"] = dict.fromkeys(lengths["steps"], 1.0)
-    for command in studies.named(given, commands, lengths, None, tmp_path):
+    for command in studies.named(given, asked, lengths, None, tmp_path):
         if command.words[0] == "evaluate.py":
-            read_out(command.words, lambda model, cell, metric: plain(model if "net" not in model else "net-0", cell, metric))
+            read_out(command.words, lambda model, *rest: plain(model if "net" not in model else "net-0", *rest))
     for row in ("shallow", "deep", "edges"):
         for seed in range(3):
             folder = tmp_path / "runs" / f"{row}-{seed}"
             folder.mkdir(parents=True)
             record = {"step": 1, "order_accuracy": 0.5, "horizontal_accuracy": 0.6, "vertical_accuracy": 0.7}
             (folder / "log.jsonl").write_text(json.dumps(record) + "\n")
-    found = findings.Found(given, [each for each in commands if isinstance(each, Evaluation)], tmp_path)
+    found = findings.Found(given, [each for each in asked if isinstance(each, Evaluation)], tmp_path)
     effects = list(STUDIES[name].effects(found))
     assert effects and {effect.claim for effect in effects} - {None} == set(STUDIES[name].claims)
     for effect in effects:
@@ -232,9 +235,9 @@ def test_the_slope_is_what_a_halving_costs():
 def test_everything_runs_once_and_after_what_it_needs(stage, home, tmp_path, capsys):
     out = tmp_path / "out"
     run("collapse", "--data", home, "--budget", 5, "--out", out)
-    runs = [f"{row}-{seed}" for row in ("neither", "local", "decorrelation", "both") for seed in range(3)]
-    assert stage.names("train.py") == runs
-    assert stage.names("evaluate.py") == [row + part for part in ("", "-trained") for row in ("neither", "local", "decorrelation", "both")]
+    rows = ("neither", "local", "decorrelation", "both")
+    assert stage.names("train.py") == [f"{row}-{seed}" for row in rows for seed in range(3)]
+    assert stage.names("evaluate.py") == [row + part for part in ("", "-trained") for row in rows]
     said = capsys.readouterr().out
     assert "12 runs of pretraining, 3 of each" in said and "claim 17" in said and "minutes" in said
     assert said.index("12 runs of pretraining") < said.index(f"--out {out}/runs/neither-0")
@@ -258,16 +261,16 @@ def test_a_stopped_run_goes_on_and_the_others_are_left_alone(stage, home, tmp_pa
 
 def test_a_run_whose_last_checkpoint_is_missing_is_not_done(tmp_path):
     words = ["train.py", "--steps", "10", "--out", str(tmp_path / "a")]
-    command = studies.Command("a", words, tmp_path / "a", 10)
+    command = commands.Command("a", words, tmp_path / "a", 10)
     assert not command.done() and command.now() == words
     trained(words)
     assert command.done()
-    torch.save({"step": 9}, tmp_path / "a/checkpoint.pt")                   # killed between the log's last line and the checkpoint
+    torch.save({"step": 9}, tmp_path / "a/checkpoint.pt")                   # killed after the log's last line
     assert not command.done() and "--resume" in command.now()
 
 
 def test_a_stopped_evaluation_is_not_done(tmp_path):
-    command = studies.Command("a", ["evaluate.py"], tmp_path)
+    command = commands.Command("a", ["evaluate.py"], tmp_path)
     assert not command.done()
     (tmp_path / "results.json").write_text('{"stopped": true}')
     assert not command.done()
@@ -307,10 +310,10 @@ def test_so_many_at_a_time(monkeypatch, tmp_path):
         (tmp_path / words[0]).mkdir()
         (tmp_path / words[0] / "results.json").write_text("{}")
         return alive[-1]
-    monkeypatch.setattr(studies, "start", start)
-    monkeypatch.setattr(studies, "PAUSE", 0)
-    work = studies.Work(tmp_path, 2)
-    work.do([studies.Command(name, [name], tmp_path / name) for name in "abcde"])
+    monkeypatch.setattr(commands, "start", start)
+    monkeypatch.setattr(commands, "PAUSE", 0)
+    work = commands.Work(tmp_path, 2)
+    work.do([commands.Command(name, [name], tmp_path / name) for name in "abcde"])
     assert max(most) == 2 and len(most) == 5 and not work.failed
 
 
@@ -334,7 +337,7 @@ def test_domain_epochs_reads_out_the_kept_encoders(stage, home, tmp_path):
 
 
 def test_duplicates_prepares_the_set_twice(stage, home, tmp_path, monkeypatch):
-    original = studies.start
+    original = commands.start
 
     def start(words, log, lock):
         if words[0] != "-m":
@@ -344,14 +347,15 @@ def test_duplicates_prepares_the_set_twice(stage, home, tmp_path, monkeypatch):
         asked.append(words)
         return Ended()
     asked = []
-    monkeypatch.setattr(studies, "start", start)
+    monkeypatch.setattr(commands, "start", start)
     out = tmp_path / "out"
     run("duplicates", "--data", home, "--budget", 5, "--seeds", 1, "--out", out)
     assert [("--dedupe" in words) for words in asked] == [False, True]
     data = {name.rsplit("-", 1)[0]: words[words.index("--data") + 1] for name, words in
             ((words[-1].split("/")[-1], words) for words in stage.started if words[0] == "train.py")}
     assert data["simclr_kept"] == str(out / "data") and data["simclr_removed"] == str(out / "data-removed")
-    assert all(words[words.index("--data") + 1] == str(out / "data") for words in stage.started if words[0] == "evaluate.py")
+    read = [words[words.index("--data") + 1] for words in stage.started if words[0] == "evaluate.py"]
+    assert set(read) == {str(out / "data")}
 
 
 # ---- how long
@@ -379,7 +383,7 @@ def test_the_whole_takes_about_the_budget(stage, home, tmp_path, capsys):
 
 def test_a_pace_leaves_the_looks_out(tmp_path):
     """100 images a second before the first look, 50 with it."""
-    trained(["train.py", "--method", "medmoco", "--steps", "10", "--log-every", "5", "--size", "64", "--out", str(tmp_path / "a")])
+    trained(shlex.split(f"train.py --method medmoco --steps 10 --log-every 5 --size 64 --out {tmp_path}/a"))
     pace = studies.pace_of(tmp_path / "a")
     assert pace.step == pytest.approx(0.64) and pace.rest == pytest.approx(studies.STARTING + 10 * 5 * 0.64)
 
@@ -400,21 +404,22 @@ def small_effects(found):
 
 def found_of(tmp_path, worth):
     given = given_of()
-    commands = list(small(given))
-    evaluations = [each for each in commands if isinstance(each, Evaluation)]
+    asked = list(small(given))
+    evaluations = [each for each in asked if isinstance(each, Evaluation)]
     for each in evaluations:
         folders = " ".join(str(tmp_path / "runs" / one.name) for one in each.runs)
-        read_out(shlex.split(f"evaluate.py {folders} --task linear --seeds 2 --out {tmp_path}/results/{each.name}"), worth)
+        words = f"evaluate.py {folders} --task linear --seeds 2 --out {tmp_path}/results/{each.name}"
+        read_out(shlex.split(words), worth)
     return findings.Found(given, evaluations, tmp_path)
 
 
 def test_gains_are_paired_and_intervals_are_over_pretraining_seeds(tmp_path):
     table = findings.table(found_of(tmp_path, plain))
     lines = {line.split(" | ")[3]: line.split(" | ")[4:] for line in table.split("\n")[2:]}
-    half = 0.01 * 4.303 / math.sqrt(3)                                      # of .50 .51 .52; the read-outs' .1 is in each
+    half = 0.01 * 4.303 / math.sqrt(3)                                      # of .50, .51 and .52
     assert lines["one"] == [f"0.560 ± {half:.3f}", f"+0.310 ± {half:.3f}", f"+0.210 ± {half:.3f}", "3 |"]
     assert lines["random"] == ["0.250 ± 0.635", "", "", "2 |"]
-    assert list(lines) == ["random", "random, normalised", "one", "two"], "random weights of the same network stand there once"
+    assert list(lines) == ["random", "random, normalised", "one", "two"], "random weights stand there once"
 
 
 def test_verdicts(tmp_path):
@@ -446,22 +451,23 @@ def test_refusals(stage, home, tmp_path, monkeypatch):
         return str(error.value)
     assert "did you mean collapse" in fails("colapse")
     assert "needs --weights" in fails("imagenet", "--data", home)
+    assert "takes no --weights" in fails("rubik", "--data", home, "--weights", "net.pth")
     assert "generic images" in fails("chain")
     assert not stage.started and not (tmp_path / "out").exists()
     (tmp_path / "plain").mkdir()
     Image.new("L", (32, 32)).save(tmp_path / "plain/a.png")
-    assert "has no labels and no masks" in fails("collapse", "--data", tmp_path / "plain")
-    assert "has no labels and no masks" in fails("rubik", "--data", tmp_path / "plain"), "a start that failed leaves the folder free"
+    for name in ("collapse", "rubik"):                                      # a start that failed leaves the folder free
+        assert "has no labels and no masks" in fails(name, "--data", tmp_path / "plain")
     run("rubik", "--data", home, "--budget", 5, "--seeds", 1, "--out", tmp_path / "one")
     with pytest.raises(UserError, match="was begun with budget 5.0"):
         run("rubik", "--data", home, "--budget", 6, "--seeds", 1, "--out", tmp_path / "one")
-    monkeypatch.setattr(studies, "ROOT", tmp_path)
+    monkeypatch.setattr(commands, "ROOT", tmp_path)
     assert "start from a checkout" in fails("collapse", "--data", home)
 
 
 def test_one_study_at_a_time_in_a_folder(stage, home, tmp_path):
     pytest.importorskip("fcntl")
-    with studies.held(tmp_path), pytest.raises(UserError, match="still works there"):
+    with commands.held(tmp_path), pytest.raises(UserError, match="still works there"):
         run("rubik", "--data", home, "--out", tmp_path)
 
 
@@ -481,7 +487,8 @@ def test_a_tiny_study_from_end_to_end(home, tmp_path, monkeypatch, capsys):
 
     def effects(found):
         yield Effect("gain", found.gain("one", "knn"), claim=8)
-    for name, value in {"start": start, "PROBE": 2, "LEAST": 2, "FITS": 1, "STARTING": 0, "FROZEN": 0}.items():
+    monkeypatch.setattr(commands, "start", start)
+    for name, value in {"PROBE": 2, "LEAST": 2, "FITS": 1, "STARTING": 0, "FROZEN": 0}.items():
         monkeypatch.setattr(studies, name, value)
     monkeypatch.setitem(studies.STUDIES, "tiny", Protocol(tiny, effects, (8,)))
     run("tiny", "--data", home, "--size", 32, "--budget", 1e-3, "--seeds", 2, "--out", tmp_path / "out")

@@ -9,7 +9,6 @@ To add one: two functions, and a line in STUDIES.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
@@ -97,8 +96,10 @@ class Given:
     label: str = "label"            # column of the set's table
     ratios: tuple = ()              # of the imbalance series that the set's classes allow
     rare: str | None = None         # the class with the fewest training images
+    images: dict = field(default_factory=dict)                              # their number by split
     per_epoch: int = 1              # steps of pretraining
     weights: str | None = None      # file of a network that was trained on other images
+    known_as: str | None = None     # its row
     network: str = ""               # flags of train.py that build that file's network
     removed: str | None = None      # the set without near-duplicates
 
@@ -324,7 +325,7 @@ def imagenet(given):
 
 
 def imagenet_effects(found):
-    given, weights = found.given, Path(found.given.weights).stem
+    given, weights = found.given, found.given.known_as
     for task, part in ((given.main, "frozen"), (given.trained, "trained")):
         for labels in ("1.0", "0.1"):
             own = found.score("own", task, part=part, labels=labels)

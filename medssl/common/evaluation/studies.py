@@ -14,12 +14,7 @@ pretraining seeds of the scores, of the gains over random weights, and of what e
 
 import json
 import math
-import os
 import shlex
-import signal
-import subprocess
-import sys
-import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,21 +22,16 @@ from pathlib import Path
 import numpy as np
 
 from ... import METHODS
-from .. import cli, data, encoders, files, presets
+from .. import augment, cli, data, files, presets
 from ..data.layouts import find
 from ..errors import UserError
-from . import findings
+from . import commands, findings
+from .commands import Command, Work, held, minutes
 from .protocols import CLAIMS, LOOKS, STUDIES, VIEWED, Evaluation, Given, Run
-from .study import Where, guess
+from .study import Where, describe
 from .subsets import find_target
 from .tasks import TASKS
 
-try:
-    import fcntl
-except ImportError:                                                         # on Windows
-    fcntl = None
-
-ROOT = Path(__file__).parents[3]                # of the checkout: train.py and evaluate.py lie there
 PROBE = 10                                      # steps by which a pace is measured; the monitor looks half-way
 BATCH = 32                                      # of read-outs that are trained
 LEAST_READ, MOST_READ = 60, 20                  # steps; passes over the training images
@@ -51,7 +41,6 @@ COSTS = {"finetune": 0.6, "grade": 0.6, "segment": 0.6, "unet": 1.2}        # of
 STARTING, FROZEN = 8, 3                         # seconds: of an evaluation; of a fit that trains nothing
 LOOKED = 10                                     # times the monitor looks at a run
 CHECKPOINTS = 10                                # of a run: what a stopped one loses at most is a tenth
-PAUSE = 0.05                                    # seconds between two looks at what runs
 RARE = 4                                        # images of the rare class that an imbalance series leaves at least
 
 
@@ -62,20 +51,20 @@ def main(argv=None):
         return
     protocol = STUDIES[cli.one_of(args.name, STUDIES, "study")]
     out = Path(args.out)
-    missing = [script for script in ("train.py", "evaluate.py") if not (ROOT / script).is_file()]
+    missing = [script for script in ("train.py", "evaluate.py") if not (commands.ROOT / script).is_file()]
     if missing:
-        raise UserError(f"{' and '.join(missing)}: not in {ROOT}; studies run them, so start from a checkout of the "
-                        "project, not from an installed package")
+        raise UserError(f"{' and '.join(missing)}: not in {commands.ROOT}; studies run them, so start from a checkout "
+                        "of the project, not from an installed package")
     check(args, protocol)
     with held(out) as lock:
         work = Work(out, args.jobs, lock)
         with begun(out, args):
             given = look(args, protocol, work)
-        commands = list(protocol.commands(given))
-        plan = settle(args, given, protocol, commands, work)
-        print(told(args, protocol, commands, plan))
-        work.do(named(given, commands, plan, args.views, out))
-        found = findings.Found(given, [each for each in commands if isinstance(each, Evaluation)], out)
+        asked = list(protocol.commands(given))
+        plan = settle(args, given, protocol, asked, work)
+        print(told(args, protocol, asked, plan))
+        work.do(named(given, asked, plan, args.views, out))
+        found = findings.Found(given, [each for each in asked if isinstance(each, Evaluation)], out)
         if not found.fits:
             raise UserError(f"--out {out}: nothing was read out; the logs say why")
         pictures = findings.write(found, args.name, protocol.line, protocol)
@@ -93,7 +82,8 @@ def parse(argv):
     add("--data", type=cli.filled, default="phantoms", help="folder or file of images (default: phantoms, built in)")
     add("--label", type=cli.filled, default="label", help="column of split.csv that holds the label")
     add("--size", type=cli.positive, help="side of the images in pixels (default: as train.py chooses)")
-    add("--views", help="augmentation recipe of the contrastive methods (default: as train.py chooses)")
+    add("--views", choices=augment.RECIPES,
+        help="augmentation recipe of the contrastive methods (default: as train.py chooses)")
     add("--weights", type=cli.filled, metavar="FILE", help="weights to compare with, for the study imagenet")
     add("--budget", type=cli.positive_number, default=30, metavar="MINUTES", help="of it all (default 30)")
     add("--seeds", type=cli.positive, default=3, help="of pretraining (default 3; a verdict wants five)")
@@ -114,21 +104,6 @@ def list_studies():
 
 
 # ---- the folder
-
-@contextmanager
-def held(out):
-    """The folder, for one study at a time: also for commands that outlived a study that was killed, since they keep
-    the file open."""
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "w") as lock:
-        if fcntl:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UserError(f"--out {out}: another study, or a command of one that was killed, still works there; "
-                                "wait until it has ended") from None
-        yield lock
-
 
 @contextmanager
 def begun(out, args):
@@ -167,14 +142,17 @@ def look(args, protocol, work):
     lacking = [kind for kind in ("labels", "masks") if kind in protocol.needs and not has[kind]]
     if lacking or not any(has.values()):
         raise UserError(f"{args.name}: {dataset.name} has no {' and no '.join(lacking or has)}")
-    dataset = data.split(dataset) if dataset.splits is None else dataset
+    if dataset.splits is None:
+        print(f"note: {dataset.name} has no splits, so pretraining sees the test images too, without labels; "
+              "`python -m medssl.common.data DATA --to FOLDER --split 0.7 0.1 0.2` deals patients out")
+        dataset = data.split(dataset)
     ratios, rare = series(dataset, args.name) if has["labels"] else ((), None)
-    weights, network = described(args.weights)
-    work.images = {name: len(dataset.rows(name)) for name in ("train", "val", "test")}
+    weights, network, known_as = described(args.weights)
     channels, size = dataset.images.shape[1:3]
     return Given(path, args.seeds, **has, size=size, channels=channels, label=label, ratios=ratios, rare=rare,
-                 weights=weights, network=network, removed=removed,
-                 per_epoch=max(1, found.images // plan["batch"]))
+                 images={name: len(dataset.rows(name)) for name in ("train", "val", "test")},
+                 per_epoch=max(1, found.images // plan["batch"]), weights=weights, known_as=known_as,
+                 network=network, removed=removed)
 
 
 def prepared(path, args, work):
@@ -209,11 +187,13 @@ def series(dataset, name):
 
 
 def described(path):
-    """The file, and the flags of train.py that build its network."""
+    """The file, the flags of train.py that build its network, and what evaluate.py calls it."""
     if path is None:
-        return None, ""
-    name, stem = guess(files.load_torch(encoders.weights_file(path)), Where(), encoders.weights_file(path))
-    return str(Path(path).resolve()), f"--encoder {name} --stem {stem}"
+        return None, "", None
+    model = describe(path, Where())
+    if model.encoder is None:
+        raise UserError(f"--weights {path}: holds features; pretraining needs weights to start from")
+    return str(Path(path).resolve()), f"--encoder {model.encoder} --stem {model.stem}", model.name
 
 
 # ---- how long
@@ -226,18 +206,18 @@ class Pace:
     rest: float                                 # seconds of a run that are not steps: opening the set, looks
 
 
-def settle(args, given, protocol, commands, work):
+def settle(args, given, protocol, asked, work):
     """How many steps each run and each read-out has. Settled once: a study that goes on keeps it."""
     path = work.out / "plan.json"
     if path.is_file():
         return json.loads(path.read_text())
-    runs = [each for each in commands if isinstance(each, Run)]
+    runs = [each for each in asked if isinstance(each, Run)]
     paces = measure(args, given, runs, work)
     unit = min(pace.step / pace.batch for pace in paces.values())
-    evaluations = [each for each in commands if isinstance(each, Evaluation)]
+    evaluations = [each for each in asked if isinstance(each, Evaluation)]
     whole = args.budget * 60 * args.jobs
-    fixed, per_step = (sum(times) for times in zip(*(reading(each, work.images, unit) for each in evaluations)))
-    read = readout_steps((whole / 3 - fixed) / per_step if per_step else 0, work.images["train"])
+    fixed, per_step = (sum(times) for times in zip(*(reading(each, given.images, unit) for each in evaluations)))
+    read = readout_steps((whole / 3 - fixed) / per_step if per_step else 0, given.images["train"])
     reading_time = fixed + read * per_step
     left = max(whole - reading_time, whole / 2) - sum(paces[kind(run)].rest for run in runs)
     steps = lengths(runs, paces, max(left, 0), protocol.alike)
@@ -310,10 +290,10 @@ def lengths(runs, paces, seconds, alike):
     return {name: max(LEAST, int(steps)) for name, steps in each.items()}
 
 
-def told(args, protocol, commands, plan):
+def told(args, protocol, asked, plan):
     """What will run, and how long."""
-    runs = [each for each in commands if isinstance(each, Run)]
-    evaluations = [each for each in commands if isinstance(each, Evaluation)]
+    runs = [each for each in asked if isinstance(each, Run)]
+    evaluations = [each for each in asked if isinstance(each, Evaluation)]
     rows = ", ".join(f"{row} {plan['steps'][f'{row}-0']}" for row in dict.fromkeys(run.row for run in runs))
     times = [plan[key] / 60 / args.jobs for key in ("pretraining", "reading")]
     lines = [f"{args.name}: {protocol.line}",
@@ -328,40 +308,7 @@ def told(args, protocol, commands, plan):
     return "\n".join(lines)
 
 
-def minutes(number):
-    if number < 1.5:
-        return "a minute"
-    return f"{number:.0f} minutes" if number < 100 else f"{number / 60:.1f} hours"
-
-
 # ---- the commands
-
-@dataclass
-class Command:
-    """Words for Python, and how to see that they are done. steps: of a run of train.py."""
-    name: str
-    words: list
-    leaves: Path
-    steps: int | None = None
-    after: tuple = ()
-    seconds: float = 0                          # about
-
-    def done(self):
-        if self.steps is None:
-            results = self.leaves / "results.json"
-            stopped = results.is_file() and json.loads(results.read_text()).get("stopped")
-            return results.is_file() and not stopped or (self.leaves / "info.json").is_file()
-        log = files.read_log(self.leaves / "log.jsonl")
-        if not log or log[-1]["step"] < self.steps or not (self.leaves / "checkpoint.pt").is_file():
-            return False
-        return files.load_torch(self.leaves / "checkpoint.pt")["step"] >= self.steps    # the log is written before it
-
-    def now(self):
-        """The words, of a run that was stopped those that go on with it."""
-        if self.steps is not None and (self.leaves / "checkpoint.pt").is_file():
-            return ["train.py", "--resume", "--out", str(self.leaves)]
-        return self.words
-
 
 def train_words(given, run, views, steps):
     words = ["train.py", "--method", run.method, "--data", run.data or given.data, "--seed", str(run.seed),
@@ -371,11 +318,11 @@ def train_words(given, run, views, steps):
     return words + shlex.split(run.words)
 
 
-def named(given, commands, plan, views, out):
+def named(given, asked, plan, views, out):
     """Every Run and Evaluation as a Command."""
-    folders = {each.name: out / "runs" / each.name for each in commands if isinstance(each, Run)}
-    evaluations = sum(isinstance(each, Evaluation) for each in commands)
-    for each in commands:
+    folders = {each.name: out / "runs" / each.name for each in asked if isinstance(each, Run)}
+    evaluations = sum(isinstance(each, Evaluation) for each in asked)
+    for each in asked:
         if isinstance(each, Run):
             steps, leaves = plan["steps"][each.name], folders[each.name]
             words = train_words(given, each, views, steps)
@@ -403,100 +350,6 @@ def evaluate_words(given, evaluation, plan, folders):
     if evaluation.data:                                                     # else all is as the first run has it
         words += ["--data", evaluation.data, "--channels", str(given.channels), "--label", given.label]
     return words + shlex.split(evaluation.words)
-
-
-class Work:
-    """Does commands, so many at a time, each after those that it needs."""
-
-    def __init__(self, out, jobs, lock=None):
-        self.out, self.jobs, self.lock, self.failed, self.images = out, jobs, lock, [], {}
-        self.waiting, self.running = [], {}
-
-    def do(self, commands):
-        commands = list(commands)
-        self.waiting = [command for command in commands if not command.done()]
-        if len(self.waiting) < len(commands):
-            print(f"{len(commands) - len(self.waiting)} of {len(commands)} are done already", flush=True)
-        with stopping():
-            try:
-                while self.waiting or self.running:
-                    self.begin()
-                    self.collect()
-                    time.sleep(PAUSE)
-            except KeyboardInterrupt:
-                stop([process for _, process, _ in self.running.values()])
-                print(f"stopped; the same command with --out {self.out} goes on")
-                raise
-
-    def begin(self):
-        """Starts what can start, and leaves out what can't any more."""
-        for command in list(self.waiting):
-            lacking = set(command.after) & set(self.failed)
-            if lacking:
-                print(f"{command.name}: left out, as {', '.join(sorted(lacking))} failed")
-                self.failed.append(command.name)
-                self.waiting.remove(command)
-        open_names = {command.name for command in self.waiting} | set(self.running)
-        ready = [command for command in self.waiting if not open_names & set(command.after)]
-        for command in ready[:self.jobs - len(self.running)]:
-            self.waiting.remove(command)
-            print("+ python " + shlex.join(command.now()), flush=True)
-            process = start(command.now(), self.log(command), self.lock)
-            self.running[command.name] = command, process, time.time()
-
-    def collect(self):
-        """What has ended."""
-        for command, process, since in list(self.running.values()):
-            if process.poll() is not None:
-                del self.running[command.name]
-                self.end(command, process.returncode, since)
-
-    def log(self, command):
-        return self.out / "logs" / f"{command.name}.log"
-
-    def end(self, command, status, since):
-        """Says how a command ended, and about how much is left."""
-        if status or not command.done():
-            said = self.log(command).read_text(errors="replace").split("\n") if self.log(command).is_file() else []
-            last = next((line.split("\r")[-1] for line in reversed(said) if line.strip()), "")
-            print(f"{command.name}: FAILED with status {status}: {last}", flush=True)
-            self.failed.append(command.name)
-            return
-        left = sum(other.seconds for other in self.waiting) / 60 / self.jobs
-        more = f"; {len(self.waiting)} commands wait, about {minutes(left)}" if left else ""
-        print(f"{command.name}: {time.time() - since:.0f} s{more}", flush=True)
-
-
-def start(words, log, lock):
-    """A command in a session of its own, so that Ctrl-C reaches it only through us, once."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    script = words if words[0] == "-m" else [str(ROOT / words[0]), *words[1:]]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    threads = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-    with open(log, "a") as file:
-        return subprocess.Popen([sys.executable, *script], stdout=file, stderr=subprocess.STDOUT,
-                                stdin=subprocess.DEVNULL, env=os.environ | threads | {"PYTHONPATH": path},
-                                start_new_session=True, pass_fds=[lock.fileno()] if lock and fcntl else ())
-
-
-def stop(processes):
-    """train.py ends its step, saves, and leaves."""
-    for process in processes:
-        process.terminate()
-    for process in processes:
-        process.wait()
-
-
-@contextmanager
-def stopping():
-    """SIGTERM stops a study as Ctrl-C does."""
-    def interrupt(*_):
-        raise KeyboardInterrupt
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":
