@@ -291,30 +291,34 @@ def test_a_failed_run_takes_only_what_needs_it_along(stage, home, tmp_path, caps
 
 
 def test_so_many_at_a_time(monkeypatch, tmp_path):
-    """Never more than --jobs, and a second run starts before the first has ended."""
-    alive, most = [], []
+    """Never more than --jobs, a second one starts before the first has ended, but nothing beside what it needs."""
+    alive, met = [], {}
 
     class Slow(Ended):
         looks = 0
+
+        def __init__(self, name):
+            self.name, self.returncode = name, 0
 
         def poll(self):
             self.looks += 1
             if self.looks < 3:
                 return None
-            alive.remove(self)
+            alive.remove(self.name)
             return 0
 
     def start(words, log, lock):
-        alive.append(Slow())
-        most.append(len(alive))
+        met[words[0]] = list(alive)
+        alive.append(words[0])
         (tmp_path / words[0]).mkdir()
         (tmp_path / words[0] / "results.json").write_text("{}")
-        return alive[-1]
+        return Slow(words[0])
     monkeypatch.setattr(commands, "start", start)
     monkeypatch.setattr(commands, "PAUSE", 0)
     work = commands.Work(tmp_path, 2)
-    work.do([commands.Command(name, [name], tmp_path / name) for name in "abcde"])
-    assert max(most) == 2 and len(most) == 5 and not work.failed
+    work.do([commands.Command(name, [name], tmp_path / name, after=("a",) if name == "b" else ()) for name in "abcde"])
+    assert max(map(len, met.values())) == 1 and len(met) == 5 and not work.failed
+    assert list(met) == ["a", "c", "b", "d", "e"] and met["c"] == ["a"] and "a" not in met["b"]
 
 
 def test_second_stage_pretraining_waits_for_the_first(stage, home, tmp_path):
@@ -325,6 +329,21 @@ def test_second_stage_pretraining_waits_for_the_first(stage, home, tmp_path):
     assert words[words.index("--init") + 1] == str(tmp_path / "out/runs/generic-1")
     generic = next(words for words in stage.started if words[-1].endswith("runs/generic-0"))
     assert generic[generic.index("--data") + 1] == "phantoms"
+
+
+def test_flags_reach_the_commands_that_they_are_for(tmp_path):
+    """The label's column goes with the set that has it, views with contrastive methods."""
+    given = given_of()
+    given.label = "subtype"
+    words = {(run.method, run.data): studies.train_words(given, run, "xray", 60)
+             for run in (Run("a", 2, "byol"), Run("a", 0, "byol", data="phantoms"), Run("a", 0, "spark"))}
+    own = words["byol", None]
+    for flag, value in {"--label": "subtype", "--views": "xray", "--size": "64", "--seed": "2", "--save-every": "6"}.items():
+        assert own[own.index(flag) + 1] == value
+    assert "--label" not in words["byol", "phantoms"] and "--views" not in words["spark", None]
+    evaluation = Evaluation((Run("generic", 0, "byol", data="phantoms"),), ("knn",), data=given.data)
+    words = studies.evaluate_words(given, evaluation, {"read": 7, "steps": {}}, {"generic-0": tmp_path})
+    assert words[-6:] == ["--data", "set", "--channels", "1", "--label", "subtype"]
 
 
 def test_domain_epochs_reads_out_the_kept_encoders(stage, home, tmp_path):
