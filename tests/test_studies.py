@@ -247,14 +247,16 @@ def test_everything_runs_once_and_after_what_it_needs(stage, home, tmp_path, cap
     assert (out / "verdicts.json").is_file()
 
 
-def test_a_stopped_run_goes_on_and_the_others_are_left_alone(stage, home, tmp_path):
+def test_a_stopped_run_goes_on_and_the_others_are_left_alone(stage, home, tmp_path, capsys):
     out, words = tmp_path / "out", ("collapse", "--data", home, "--budget", 5, "--seeds", 2, "--out", tmp_path / "out")
     stage.stop_at = "local-1"
     with pytest.raises(KeyboardInterrupt):
         run(*words)
     assert stage.names("train.py")[-1] == "local-1" and not stage.names("evaluate.py")
     stage.stop_at, stage.started = None, []
+    capsys.readouterr()
     run(*words)
+    assert "3 of 16 are done already; 13 wait, about" in capsys.readouterr().out
     assert stage.started[0] == ["train.py", "--resume", "--out", str(out / "runs/local-1")]
     assert stage.names("train.py") == ["local-1", "decorrelation-0", "decorrelation-1", "both-0", "both-1"]
 

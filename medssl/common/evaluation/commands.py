@@ -77,7 +77,7 @@ class Work:
         commands = list(commands)
         self.waiting = [command for command in commands if not command.done()]
         if len(self.waiting) < len(commands):
-            print(f"{len(commands) - len(self.waiting)} of {len(commands)} are done already", flush=True)
+            print(f"{len(commands) - len(self.waiting)} of {len(commands)} are done already{self.left()}", flush=True)
         with stopping():
             try:
                 while self.waiting or self.running:
@@ -123,9 +123,11 @@ class Work:
             print(f"{command.name}: FAILED with status {status}: {last}", flush=True)
             self.failed.append(command.name)
             return
-        left = sum(other.seconds for other in self.waiting) / 60 / self.jobs
-        more = f"; {len(self.waiting)} commands wait, about {minutes(left)}" if left else ""
-        print(f"{command.name}: {time.time() - since:.0f} s{more}", flush=True)
+        print(f"{command.name}: {time.time() - since:.0f} s{self.left()}", flush=True)
+
+    def left(self):
+        seconds = sum(command.seconds for command in self.waiting)
+        return f"; {len(self.waiting)} wait, about {minutes(seconds / 60 / self.jobs)}" if seconds else ""
 
 
 def start(words, log, lock):
