@@ -340,7 +340,8 @@ def test_flags_reach_the_commands_that_they_are_for(tmp_path):
     words = {(run.method, run.data): studies.train_words(given, run, "xray", 60)
              for run in (Run("a", 2, "byol"), Run("a", 0, "byol", data="phantoms"), Run("a", 0, "spark"))}
     own = words["byol", None]
-    for flag, value in {"--label": "subtype", "--views": "xray", "--size": "64", "--seed": "2", "--save-every": "6"}.items():
+    wanted = {"--label": "subtype", "--views": "xray", "--size": "64", "--seed": "2", "--save-every": "6"}
+    for flag, value in wanted.items():
         assert own[own.index(flag) + 1] == value
     assert "--label" not in words["byol", "phantoms"] and "--views" not in words["spark", None]
     evaluation = Evaluation((Run("generic", 0, "byol", data="phantoms"),), ("knn",), data=given.data)
