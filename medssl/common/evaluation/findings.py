@@ -13,13 +13,13 @@ import numpy as np
 
 from .. import files, metrics, plots
 from .protocols import CLAIMS
-from .report import MAIN, describe, number
+from .report import describe, number
 from .study import Cell
 from .tasks import SPEED, TASKS, WORDS
 
 RANDOM = ("random", "random, normalised")
 LAST = 5                                        # records of a log that speak for its end
-SHOWN = (*MAIN, *SPEED, "rank_me", "alpha_req")
+SHOWN = ("balanced_accuracy", "dice", *SPEED, "rank_me", "alpha_req")
 
 
 @dataclass(frozen=True)
