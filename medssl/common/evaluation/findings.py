@@ -286,4 +286,4 @@ def write(found, study, line, protocol):
         temporary.write_text(text)
     files.write_json(found.folder / "verdicts.json", {"study": study, "seeds": found.given.seeds, **told})
     print(f"\n{text}")
-    return draw(found, f"{study}: {found.given.data}")
+    return draw(found, f"{study}: {Path(found.given.data).name}")              # no path in a picture
