@@ -17,7 +17,8 @@ from medssl import METHODS
 from medssl.common import cli, files, settings
 from medssl.common.errors import UserError
 from medssl.common.evaluation import commands, findings, plan, protocols, studies
-from medssl.common.evaluation.protocols import CLAIMS, STUDIES, Effect, Evaluation, Given, Protocol, Run
+from medssl.common.evaluation.claims import CLAIMS, Effect, Evaluation, Given, Protocol, Run
+from medssl.common.evaluation.protocols import STUDIES
 from medssl.common.evaluation.study import Settings
 from tests.common import batch
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import files, metrics, plots
-from .protocols import CLAIMS
+from .claims import CLAIMS
 from .report import describe, number
 from .study import Cell
 from .tasks import SPEED, TASKS, WORDS
