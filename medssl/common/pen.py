@@ -93,9 +93,16 @@ class Canvas:
         shape = self.draw.rectangle if square else self.draw.ellipse
         shape([(v + side * radius) * SCALE for side in (-1, 1) for v in (x, y)], fill=colour)
 
-    def paste(self, picture, x, y):
-        enlarged = picture.resize([side * SCALE for side in picture.size], Image.NEAREST)
-        self.image.paste(enlarged, (round(x) * SCALE, round(y) * SCALE))
+    def frame(self, x0, y0, x1, y1, colour, width=2):
+        """The edge of a box."""
+        self.line([(x0, y0), (x1, y0), (x1, y1), (x0, y1), (x0, y0), (x1, y0)], colour, width)
+
+    def paste(self, picture, x, y, width=None):
+        """With its corner at (x, y); as wide as it is, or enlarged or reduced to `width`."""
+        factor = SCALE * (width or picture.width) / picture.width
+        size = [max(1, round(side * factor)) for side in picture.size]
+        picture = picture.resize(size, Image.NEAREST if factor >= 1 else Image.BOX)
+        self.image.paste(picture, (round(x) * SCALE, round(y) * SCALE))
 
     def save(self, path):
         with whole(path) as temporary:
