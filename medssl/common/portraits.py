@@ -15,6 +15,7 @@ picture, too.
     a projector, two pictures                           similarities of two views of some images
 """
 
+import re
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -147,15 +148,17 @@ def kind_of(scene):
 
 # ---- paper, and rows of tiles: the frame of most pictures
 
-def paper(scene, words, height, note):
+def paper(scene, words, height, note, width=WIDTH):
     """A Canvas headed by what the method says of itself, `words` below it and the note at its foot; and the y from
     where on `height` pixels are free."""
     cls = type(scene.looks[0].method)
-    head = wrap_lines(f"{cls.__name__}: {cls.__doc__.splitlines()[0]}", ROOM, LARGE)
-    words, note = wrap_lines(words, ROOM), wrap_lines(note, ROOM)
+    told = re.split(r"[.;] |$", (cls.__doc__ or "").splitlines()[0].rstrip("."))[0]             # its first sentence
+    room = width - 2 * EDGE
+    head = wrap_lines(f"{cls.__name__}: {told}", room, LARGE)
+    words, note = wrap_lines(words, room), wrap_lines(note, room)
     top = EDGE + height_of(head, LARGE) + 2
     y = top + height_of(words) + 2 * GAP
-    canvas = Canvas(WIDTH, y + height + height_of(note) + EDGE)
+    canvas = Canvas(width, y + height + height_of(note) + EDGE)
     canvas.text(EDGE, EDGE, head, LARGE)
     canvas.text(EDGE, top, words)
     canvas.text(EDGE, y + height, note, colour=GREY)
@@ -184,11 +187,12 @@ def fitting(side, pixels):
 
 
 def blocks_of(scene, words, headings, block, note):
-    """A picture with a block beside the other for each network; block = (height, draw), draw(canvas, x, y, number)."""
+    """A picture with a block for each network, one or two side by side; block = (height, draw), and
+    draw(canvas, x, y, number) draws it."""
     height, draw = block
     texts = [wrap_lines(heading, BLOCK) for heading in headings]
     above = max(map(height_of, texts)) + GAP
-    canvas, y = paper(scene, words, above + height, note)
+    canvas, y = paper(scene, words, above + height, note, WIDTH if len(headings) > 1 else BLOCK + 2 * EDGE)
     for number, text in enumerate(texts):
         x = EDGE + number * (BLOCK + 24)
         canvas.text(x, y, text)
@@ -401,7 +405,7 @@ def draw_pairs(scene, count=10):
     for look in scene.looks:
         rows, columns, names = pair_of(scene, look)
         matrices.append(rows @ columns.T)                                   # (B, B)
-        headings.append(look.line + own_first(matrices[-1], "own partner"))
+        headings.append(look.line + own_first(matrices[-1], "partner"))
     count = min(count, len(rows))
     cell = (BLOCK - 2) // (count + 1)
 
@@ -412,10 +416,16 @@ def draw_pairs(scene, count=10):
                      "Orange: opposite. Framed: two views of the same image.")
 
 
+def places(similarity):
+    """The place of each row's own column in (B, B), 1 if it is the largest."""
+    return 1 + (similarity > similarity.diagonal()[:, None]).sum(1)         # (B,)
+
+
 def own_first(similarity, what):
-    """For how many rows of (B, B) its own column is the largest, in words."""
-    found = int((similarity.argmax(1) == torch.arange(len(similarity))).sum())
-    return f"\nnearest is the {what} for {found} of {len(similarity)} images"
+    """How often a row's own column is the largest, and which place it has, in words."""
+    place = places(similarity)
+    return (f"\nthe own {what} is the nearest for {int((place == 1).sum())} of {len(place)} images, its median place "
+            f"is {int(place.median())}")
 
 
 def draw_matrix(canvas, corner, cell, matrix, pictures):
@@ -433,34 +443,35 @@ def draw_matrix(canvas, corner, cell, matrix, pictures):
         canvas.frame(left, top, left + cell - 1, top + cell - 1, INK, 2)
 
 
-def draw_keys(scene, count=4, near=4):
-    """Queries, and the keys of this batch that are nearest to them; the own key is framed."""
+def draw_keys(scene, count=4, near=3):
+    """Queries, their own keys, and the keys of this batch that are nearest to them."""
     queries, keys = scene.pictures[:2]
-    side, headings, found = (BLOCK - 8) // (near + 1) - 4, [], []
+    side, headings, found = fitting((BLOCK - 40) // (near + 2) - 6, keys.shape[3]), [], []
     for look in scene.looks:
         found.append(look.outs["embedding"].float() @ look.outs["keys"].float().T)              # (B, B)
-        headings.append(look.line + own_first(found[-1], "own key"))
-    step = side + height_of("") + 2
+        headings.append(look.line + own_first(found[-1], "key") + "\nquery, own key, and the nearest keys:")
+    step = side + height_of("") + GAP
 
     def draw(canvas, x, y, number):
         nearest = found[number].topk(min(near, len(keys)), 1).indices       # (B, near)
-        for row, places in enumerate(nearest[:count].tolist()):
+        for row, close in enumerate(nearest[:count].tolist()):
             canvas.paste(native(queries[row]), x, y + row * step, side)
-            for column, place in enumerate(places, 1):
-                left, top = x + 8 + column * (side + 4), y + row * step
-                canvas.paste(native(keys[place]), left, top, side)
-                canvas.text(left + side / 2, top + side, f"{found[number][row, place]:.2f}", 12, anchor="ma")
-                if place == row:
+            for column, key in enumerate([row, *close], 1):
+                left, top = x + column * (side + 6) + 16 * (column > 1), y + row * step
+                canvas.paste(native(keys[key]), left, top, side)
+                text = f"{found[number][row, key]:.2f}" + f", no. {places(found[number])[row]}" * (column == 1)
+                canvas.text(left + side / 2, top + side, text, 12, anchor="ma")
+                if key == row:
                     canvas.frame(left + 2, top + 2, left + side - 2, top + side - 2, BLUE, 4)
-    return blocks_of(scene, f"Asked: which key comes from the same image as the query? First column: queries. Then the "
-                     f"nearest of {len(keys)} keys.", headings, (count * step, draw),
-                     "Numbers: cosine with the query. Framed: the query's own key. The queue holds embeddings and no "
-                     "pictures: the keys of one batch stand in for it here.")
+    return blocks_of(scene, f"Asked: which of {len(keys)} keys comes from the same image as the query?", headings,
+                     (count * step, draw), "Numbers: cosine with the query. Framed: the query's own key; no.: its "
+                     "place among all keys. The queue holds embeddings and no pictures: the keys of one batch stand in "
+                     "for it.")
 
 
-def draw_clusters(scene, count=5, most=6):
+def draw_clusters(scene, count=5, most=5):
     """For each network some prototypes, a row each, and the images that are nearest to them."""
-    pictures, side, label, headings, blocks = scene.pictures[0], 58, 46, [], []
+    pictures, side, label, headings, blocks = scene.pictures[0], 64, 60, [], []
     for look in scene.looks:
         embedding = F.normalize(look.said["projector"][:len(pictures)], dim=1)      # (B, D) of the first crop
         scores = embedding @ look.method.prototypes.T                       # (B, K)
@@ -474,7 +485,7 @@ def draw_clusters(scene, count=5, most=6):
             top = y + row * (side + GAP)
             canvas.text(x, top + side / 2, f"no. {prototype}\nhas {len(members)}", 12, anchor="lm")
             for column, member in enumerate(members[:most]):
-                canvas.paste(native(pictures[member]), x + label + column * (side + 3), top, side)
+                canvas.paste(native(pictures[member]), x + label + column * (side + 8), top, side)
     return blocks_of(scene, "Asked: to which cluster does an image belong? A row for each of the fullest clusters, "
                      "with the images nearest to its prototype.", headings, (count * (side + GAP), draw),
                      f"To the left: the prototype's number, and how many of the {len(pictures)} images are nearest to "

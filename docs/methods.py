@@ -1,0 +1,73 @@
+"""Draws the pictures of docs/methods.md: a short training of each method on the built-in images, then its portrait.
+
+    python docs/methods.py [NAME ...]       all of them, or these; a training that is there already does not run again
+
+Half an hour on one quiet CPU core. The trainings stay in runs/methods/, or where --runs says.
+"""
+
+import argparse
+import contextlib
+import io
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from PIL import Image  # noqa: E402
+
+import train  # noqa: E402
+from medssl import METHODS  # noqa: E402
+from medssl import __main__ as shown  # noqa: E402
+from medssl.common import files  # noqa: E402
+
+PAGE = ROOT / "docs" / "methods.md"
+STEPS = {"simclr": 200, "dcl": 200, "simsiam": 200, "byol": 200, "vicreg": 200, "lejepa": 200, "swav": 200, "moco": 200,
+         "medmoco": 200, "spark": 200, "rotation": 200, "relative": 300, "jigsaw": 300, "autoencoder": 200,
+         "genesis": 300, "rubik": 300, "pcrl": 150, "together": 150}
+TOGETHER = "rotation+simclr"                                                # what stands for all sums of methods
+
+
+def trained(name, runs):
+    """The folder of the training."""
+    run = runs / f"{name}-{STEPS[name]}"
+    if not (run / "checkpoint.pt").is_file():
+        train.main(["--method", TOGETHER if name == "together" else name, "--size", "64", "--out", str(run),
+                    "--steps", str(STEPS[name]), "--log-every", str(STEPS[name] // 2), "--device", "cpu"])
+    return run
+
+
+def draw(name, run):
+    """docs/methods/NAME.png, in few colours: a third of the bytes."""
+    path = PAGE.with_suffix("") / f"{name}.png"
+    path.parent.mkdir(exist_ok=True)
+    with contextlib.redirect_stdout(io.StringIO()):
+        shown.main([TOGETHER if name == "together" else name, "--run", str(run), "--out", str(path)])
+    picture = Image.open(path).quantize(64, dither=Image.Dither.NONE)
+    with files.whole(path) as temporary:
+        picture.save(temporary, format="PNG", optimize=True)
+
+
+def tell(name, run):
+    """What the picture was made with, into the page."""
+    used = files.read_config(run)["arguments"]
+    words = f"{used['steps']} steps of {used['batch']} images, {used['size']} pixels, {used['encoder']}, {used['data']}"
+    text = PAGE.read_text()
+    PAGE.write_text(re.sub(rf"(<!-- {name} -->)[^<]*(<!-- / -->)", rf"\g<1>{words}\g<2>", text))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", choices=[[], *METHODS], help="default: all methods")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "methods", help="where the trainings are kept")
+    args = parser.parse_args()
+    for name in args.names or METHODS:
+        run = trained(name, args.runs)
+        draw(name, run)
+        tell(name, run)
+        print(f"docs/methods/{name}.png", flush=True)
+
+
+if __name__ == "__main__":
+    main()
