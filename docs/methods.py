@@ -15,12 +15,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from PIL import Image  # noqa: E402
-
 import train  # noqa: E402
 from medssl import METHODS  # noqa: E402
 from medssl import __main__ as shown  # noqa: E402
-from medssl.common import files  # noqa: E402
+from medssl.common import files, pen  # noqa: E402
 
 PAGE = ROOT / "docs" / "methods.md"
 STEPS = {"simclr": 200, "dcl": 200, "simsiam": 200, "byol": 200, "vicreg": 200, "lejepa": 200, "swav": 200, "moco": 200,
@@ -39,14 +37,12 @@ def trained(name, runs):
 
 
 def draw(name, run):
-    """docs/methods/NAME.png, in few colours: a third of the bytes."""
+    """docs/methods/NAME.png."""
     path = PAGE.with_suffix("") / f"{name}.png"
     path.parent.mkdir(exist_ok=True)
     with contextlib.redirect_stdout(io.StringIO()):
         shown.main([TOGETHER if name == "together" else name, "--run", str(run), "--out", str(path)])
-    picture = Image.open(path).quantize(64, dither=Image.Dither.NONE)
-    with files.whole(path) as temporary:
-        picture.save(temporary, format="PNG", optimize=True)
+    pen.few_colours(path)
 
 
 def tell(name, run):

@@ -21,10 +21,9 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from PIL import Image  # noqa: E402
 
 from medssl import SimCLR, SimSiam, simclr  # noqa: E402
-from medssl.common import augment, data, encoders, features, feed, loop, metrics, plots, portraits, sheets  # noqa: E402
+from medssl.common import augment, data, encoders, features, feed, loop, metrics, pen, plots, portraits, sheets  # noqa: E402
 from medssl.common.data import phantoms  # noqa: E402
 from medssl.common.evaluation import readouts, subsets  # noqa: E402
 from medssl.common.monitor import Monitor  # noqa: E402
@@ -87,7 +86,7 @@ def walk(w):
     wrong_turn(w)
     labels(w, found)
     for path in w.folder.glob("*.png"):
-        few_colours(path)
+        pen.few_colours(path)
 
 
 # ---- the steps
@@ -138,7 +137,7 @@ def draw_neighbours(w, found, near=5):
     shuffled = np.random.default_rng(0).permutation(len(w.asked))
     picked = [next(row for row in shuffled if labels[w.asked[row]] == c) for c in (1, 2, 3)]
     side, step, left = 64, 74, EDGE + 64 + 20
-    canvas = Canvas(880, EDGE + height_of("") + GAP + 3 * (side + height_of("") + 2 * GAP) + 2 * height_of("") + EDGE)
+    canvas = Canvas(880, 2 * EDGE + 2 * height_of("") + 2 * GAP + 3 * (side + height_of("") + 2 * GAP))
     canvas.text(EDGE, EDGE, "asked")
     for block, name in enumerate(nearest):
         canvas.text(left + block * (near * step + 20), EDGE, f"nearest to it, {name} network")
@@ -166,7 +165,7 @@ def draw_image(w, canvas, box, row, framed=False):
 
 def wrong_turn(w):
     """Step 7: SimSiam with and without its predictor, as the monitor sees them."""
-    unlabelled, looks, ends = replace(w.dataset, labels=None), {}, {}
+    unlabelled, looks = replace(w.dataset, labels=None), {}
     config = replace(w.config(w.wrong), log_every=max(1, w.wrong // 12))
     for name, predictor in (("with predictor", True), ("without predictor", False)):
         method = w.method(SimSiam, hidden=512, dim=256, predictor=predictor)
@@ -175,15 +174,16 @@ def wrong_turn(w):
         for record in loop.fit(method, w.dataset, config, w.learnt):
             if monitor.due(record["step"]):
                 looks[name].append({**record, **monitor.look(method)})
-        ends[name] = method
     charts = []
-    for key, title, y_label in (("loss", "Loss: both fall", "loss (-1: views agree)"),
+    for key, title, y_label in (("loss", "Loss", "-1: the views agree"),
                                 ("spread", "Spread of the embedding", "about 1: healthy, 0: all alike"),
                                 ("rank_me", "RankMe of the features", "effective directions")):
         own = {name: [look for look in each if key in look] for name, each in looks.items()}
         charts.append(plots.Chart({name: ([look["step"] for look in each], [float(look[key]) for look in each])
                                    for name, each in own.items()}, title, "step", y_label))
-    plots.panels(charts, w.folder / "wrong.png", size=(440, 300))
+    plots.panels(charts, w.folder / "wrong.png", columns=2, size=(440, 280))
+    ends = {"random network": w.method(SimSiam, hidden=512, dim=256, predictor=False),
+            f"without predictor, {w.wrong} steps": method}
     w.save(portraits.portrait(ends, w.dataset, w.some), "collapse.png")
     for name, each in zip(("right", "wrong"), looks.values()):
         w.facts |= {f"{name}_loss": float(each[-1]["loss"]), f"{name}_spread": each[-1]["spread"],
@@ -232,11 +232,6 @@ def with_figures(text, facts):
         value = f"{value:.2f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
         return f"<!-- {found[1]} -->{value}<!-- / -->"
     return re.sub(r"<!-- (\w+) -->[^<]*<!-- / -->", said, text)
-
-
-def few_colours(path):
-    """The same picture in 64 colours, a third of the bytes."""
-    Image.open(path).quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def main():

@@ -219,7 +219,8 @@ def test_the_run_and_its_start_are_told_apart(folder, tmp_path):
 
 @pytest.mark.parametrize("words, line", [
     (["rotaton"], "did you mean rotation"), (["rotation+nothing"], "unknown method"),
-    (["dcl", "--out", "/nowhere/x.png"], "there is no folder /nowhere"), (["dcl", "--run", "nowhere"], "no checkpoint")])
+    (["dcl", "--out", "/nowhere/x.png"], "there is no folder /nowhere"),
+    (["dcl", "--run", "nowhere"], "no checkpoint")])
 def test_errors_are_one_line(words, line):
     with pytest.raises(UserError, match=line):
         shown.main(words)

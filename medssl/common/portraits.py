@@ -424,8 +424,8 @@ def places(similarity):
 def own_first(similarity, what):
     """How often a row's own column is the largest, and which place it has, in words."""
     place = places(similarity)
-    return (f"\nthe own {what} is the nearest for {int((place == 1).sum())} of {len(place)} images, its median place "
-            f"is {int(place.median())}")
+    return (f"\nown {what} is nearest: {int((place == 1).sum())} of {len(place)} images; its median place: "
+            f"{int(place.median())}")
 
 
 def draw_matrix(canvas, corner, cell, matrix, pictures):
@@ -534,6 +534,7 @@ def dotted(picture, places):
             if len(line) > 1:
                 canvas.line(line, COLOURS[number % 6], 2)
         for number, ((at_x, at_y), *_) in enumerate(ends):
+            at_x += 12 * sum(line[0] == (at_x, at_y) for line in ends[:number])             # beside those before it
             canvas.dot(at_x, at_y, (255, 255, 255), radius=9)
             canvas.dot(at_x, at_y, COLOURS[number % 6], radius=7.5)
             canvas.text(at_x, at_y, str(number + 1), 10, (255, 255, 255), "mm")
