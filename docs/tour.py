@@ -28,6 +28,7 @@ from medssl.common.data import phantoms  # noqa: E402
 from medssl.common.evaluation import readouts, subsets  # noqa: E402
 from medssl.common.monitor import Monitor  # noqa: E402
 from medssl.common.pen import COLOURS, EDGE, GAP, GREY, Canvas, height_of  # noqa: E402
+from medssl.common.portraits import frames  # noqa: E402
 
 PAGE = ROOT / "docs" / "tour.md"
 CPU = torch.device("cpu")
@@ -156,7 +157,7 @@ def draw_neighbours(w, found, near=5):
 def draw_image(w, canvas, box, row, framed=False):
     """The image with its class below it."""
     x, y, side = box
-    picture = portraits.native(feed.batch(w.dataset.images, [row], CPU)[0])
+    picture = frames.native(feed.batch(w.dataset.images, [row], CPU)[0])
     canvas.paste(picture, x, y, side)
     canvas.text(x + side / 2, y + side + 1, w.dataset.classes[w.dataset.labels[row]], 12, anchor="ma")
     if framed:

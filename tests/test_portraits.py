@@ -12,6 +12,7 @@ from medssl import METHODS
 from medssl import __main__ as shown
 from medssl.common import data, pen, portraits, settings
 from medssl.common.errors import UserError
+from medssl.common.portraits import answers, embeddings, frames
 from tests.common import batch, tiny_encoder
 
 KINDS = {"restored": ("autoencoder", "genesis", "spark", "pcrl"), "puzzle": ("jigsaw", "rubik"), "places": ("medmoco",),
@@ -52,7 +53,7 @@ def test_every_method_has_its_kind_of_picture(kind, name):
     assert portraits.kind_of(own) is getattr(portraits, f"draw_{kind}")
     own.looks.append(dataclasses.replace(own.looks[0], name="the same"))
     one, two = (portraits.kind_of(each)(each) for each in (dataclasses.replace(own, looks=own.looks[:1]), own))
-    assert two.image.width == 2 * portraits.WIDTH and two.image.size != one.image.size
+    assert two.image.width == 2 * frames.WIDTH and two.image.size != one.image.size
     assert np.array(two.image).std() > 10
 
 
@@ -101,9 +102,9 @@ def test_the_right_answer_is_counted_and_wrong_tiles_are_framed(name, part):
     headings, draw = [], portraits.kind_of(own)
     amounts = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(portraits, "right", lambda look, mask: headings.append(int(mask.sum())) or "")
-        for what, answers in (("right", right), ("wrong", right.roll(1, 1))):
-            look.said[part] = answers
+        patch.setattr(answers, "right", lambda look, mask: headings.append(int(mask.sum())) or "")
+        for what, said in (("right", right), ("wrong", right.roll(1, 1))):
+            look.said[part] = said
             amounts[what] = orange(draw(own))
     assert headings[0] == (18 * (9 if name != "relative" else 1)) and headings[1] < headings[0] / 2
     if name != "relative":                                                  # there orange marks the patch
@@ -119,12 +120,12 @@ def test_a_right_puzzle_is_the_image_again():
         look.said[f"tile_heads.{way}"] = (turning == number) * 2.0 - 1
     drawn = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(portraits, "lattice", lambda tiles, wrong: drawn.append(tiles) or (lambda *_: None))
-        portraits.draw_puzzle(own)
+        patch.setattr(answers, "lattice", lambda tiles, wrong: drawn.append(tiles) or (lambda *_: None))
+        answers.draw_puzzle(own)
     puzzle, back = drawn[0], drawn[len(drawn) // 2]
     assert puzzle.equal(tiles[0]) and not back.equal(puzzle)
     for place, tile in enumerate(back):                                     # each tile is a piece of its own cell
-        row, column = portraits.locate(own.seen[0], tile)
+        row, column = answers.locate(own.seen[0], tile)
         assert (row // 21, column // 21) == divmod(place, 3)
         top, left = slice(row, row + tile.shape[1]), slice(column, column + tile.shape[2])
         assert own.seen[0][:, top, left].equal(tile)
@@ -132,7 +133,7 @@ def test_a_right_puzzle_is_the_image_again():
 
 def test_bars_are_as_high_as_their_shares():
     canvas = pen.Canvas(120, 100)
-    portraits.bars(torch.tensor([0.5, 0.25, 0.25, 0.0]), 1)(canvas, 0, 0, 120)
+    answers.bars(torch.tensor([0.5, 0.25, 0.25, 0.0]), 1)(canvas, 0, 0, 120)
     picture = np.array(canvas.image).astype(int)
     blue = (np.abs(picture - np.array(pen.COLOURS[0])) < 12).all(2)[:147]  # above the numbers
     grey = (np.abs(picture - 190) < 6).all(2)[:147]
@@ -154,12 +155,12 @@ def test_partners_are_rows_of_the_same_image(name):
     if name == "byol":
         own.predictor = torch.nn.Identity()
     shown = scene(own)
-    rows, columns, _ = portraits.pair_of(shown, shown.looks[0])
-    assert (portraits.places(rows @ columns.T) == 1).all()
+    rows, columns, _ = embeddings.pair_of(shown, shown.looks[0])
+    assert (embeddings.places(rows @ columns.T) == 1).all()
 
 
 def test_places_count_from_one():
-    assert portraits.places(torch.tensor([[3.0, 1, 2], [3, 1, 2], [0, 5, 3]])).tolist() == [1, 3, 2]
+    assert embeddings.places(torch.tensor([[3.0, 1, 2], [3, 1, 2], [0, 5, 3]])).tolist() == [1, 3, 2]
 
 
 def test_points_of_a_region_are_those_of_the_method():
@@ -167,7 +168,7 @@ def test_points_of_a_region_are_those_of_the_method():
     points, valid = [view for view in own.views if view.ndim == 3], own.views[-1]
     regions = own.looks[0].said["local_projector"].shape[1]
     assert points[0].shape == (18, 9 * regions, 2) and own.looks[0].said["key_local_projector"].shape[:2] == valid.shape
-    chosen = portraits.spread_out(torch.tensor([[0.0, 0], [0.1, 0], [1, 0], [0.5, 0]]), torch.tensor([1, 1, 1, 0]), 2)
+    chosen = embeddings.spread_out(torch.tensor([[0.0, 0], [0.1, 0], [1, 0], [0.5, 0]]), torch.tensor([1, 1, 1, 0]), 2)
     assert chosen == [0, 2]                                                 # the farthest that is valid
 
 
@@ -180,7 +181,7 @@ def test_at_first_one_image_of_each_patient():
 
 
 def test_pixels_are_drawn_alike():
-    assert portraits.fitting(139, 64) == 128 and portraits.fitting(40, 224) == 40
+    assert frames.fitting(139, 64) == 128 and frames.fitting(40, 224) == 40
 
 
 @pytest.fixture(scope="module")
