@@ -177,11 +177,10 @@ def wrong_turn(w):
                 looks[name].append({**record, **monitor.look(method)})
     charts = []
     for key, title, y_label in (("loss", "Loss", "-1: the views agree"),
-                                ("spread", "Spread of the embedding", "about 1: healthy, 0: all alike"),
-                                ("rank_me", "RankMe of the features", "effective directions")):
-        own = {name: [look for look in each if key in look] for name, each in looks.items()}
-        charts.append(plots.Chart({name: ([look["step"] for look in each], [float(look[key]) for look in each])
-                                   for name, each in own.items()}, title, "step", y_label))
+                                ("spread", "Spread of the embedding", "about 1: healthy, 0: all alike")):
+        series = {name: ([look["step"] for look in each if key in look],
+                         [float(look[key]) for look in each if key in look]) for name, each in looks.items()}
+        charts.append(plots.Chart(series, title, "step", y_label))
     plots.panels(charts, w.folder / "wrong.png", columns=2, size=(440, 280))
     ends = {"random network": w.method(SimSiam, hidden=512, dim=256, predictor=False),
             f"without predictor, {w.wrong} steps": method}

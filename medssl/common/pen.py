@@ -109,7 +109,7 @@ class Canvas:
             self.image.reduce(SCALE).save(temporary, format="PNG")
 
 
-def few_colours(path, greys=40, colours=64):
+def few_colours(path, greys=40, colours=160):
     """The same picture in so many greys and colours: a third of the bytes, for pages that are kept."""
     with Image.open(path) as picture:
         picture = picture.convert("RGB")

@@ -2,7 +2,7 @@
 
 import re
 
-from ..pen import COLOURS, EDGE, GAP, GREY, INK, LARGE, SCALE, SMALL, Canvas, height_of, wrap
+from ..pen import COLOURS, EDGE, GAP, GREY, INK, LARGE, PALE, SCALE, SMALL, Canvas, height_of, wrap
 from ..sheets import as_picture
 
 BLUE, ORANGE = COLOURS[:2]
@@ -73,7 +73,11 @@ def native(values):
 
 
 def shown(values):
-    return lambda canvas, x, y, side: canvas.paste(native(values), x, y, side)
+    """A tile with this picture, its edge drawn: its background may be white, too."""
+    def draw(canvas, x, y, side):
+        canvas.paste(native(values), x, y, side)
+        canvas.frame(x, y, x + side, y + side, PALE, 1)
+    return draw
 
 
 def right(look, mask):
