@@ -22,7 +22,7 @@ from medssl.common import files, pen  # noqa: E402
 
 PAGE = ROOT / "docs" / "methods.md"
 STEPS = {"simclr": 500, "dcl": 300, "simsiam": 200, "byol": 200, "vicreg": 200, "lejepa": 200, "swav": 200, "moco": 500,
-         "medmoco": 500, "spark": 200, "rotation": 200, "relative": 300, "jigsaw": 300, "autoencoder": 200,
+         "medmoco": 500, "spark": 200, "rotation": 200, "relative": 300, "jigsaw": 300, "autoencoder": 300,
          "genesis": 300, "rubik": 300, "pcrl": 150, "together": 150}
 TOGETHER = "rotation+simclr"                                                # what stands for all sums of methods
 
