@@ -24,6 +24,7 @@ PAGE = ROOT / "docs" / "methods.md"
 STEPS = {"simclr": 500, "dcl": 300, "simsiam": 200, "byol": 200, "vicreg": 200, "lejepa": 200, "swav": 200, "moco": 500,
          "medmoco": 500, "spark": 200, "rotation": 200, "relative": 300, "jigsaw": 300, "autoencoder": 300,
          "genesis": 300, "rubik": 300, "pcrl": 150, "together": 150}
+MOST = 80_000                                                               # bytes of a picture
 TOGETHER = "rotation+simclr"                                                # what stands for all sums of methods
 
 
@@ -42,7 +43,10 @@ def draw(name, run):
     path.parent.mkdir(exist_ok=True)
     with contextlib.redirect_stdout(io.StringIO()):
         shown.main([TOGETHER if name == "together" else name, "--run", str(run), "--out", str(path)])
-    pen.few_colours(path)
+    for greys in (40, 24, 16):                                              # noise takes room
+        pen.few_colours(path, greys)
+        if path.stat().st_size <= MOST:
+            break
 
 
 def tell(name, run):

@@ -56,7 +56,7 @@ def test_figures_are_filled_in(tour):
 def test_pictures_are_there_and_small():
     for text in (TOUR, PAGE):
         for picture in re.findall(r"!\[[^]]+\]\(([^)]+)\)", text):
-            assert (DOCS / picture).stat().st_size <= 90_000, picture
+            assert (DOCS / picture).stat().st_size <= 80_000, picture
     shown = {path.relative_to(DOCS).as_posix() for folder in ("tour", "methods") for path in (DOCS / folder).iterdir()}
     assert shown == set(re.findall(r"\]\(([^)]+\.png)\)", TOUR + PAGE))
 
