@@ -2,7 +2,7 @@
 
     python docs/methods.py [NAME ...]       all of them, or these; a training that is there already does not run again
 
-Half an hour on one quiet CPU core. The trainings stay in runs/methods/, or where --runs says.
+About half an hour on one quiet CPU core. The trainings stay in runs/methods/, or where --runs says.
 """
 
 import argparse

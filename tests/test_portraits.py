@@ -1,6 +1,8 @@
 """Portraits show what is asked and answered: a network that is right looks right, and one that is wrong does not."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -231,3 +233,30 @@ def test_without_a_method_they_are_listed(capsys):
     shown.main([])
     said = capsys.readouterr().out
     assert all(f"  {name} " in said for name in METHODS if name != "together") and "python -m medssl METHOD" in said
+
+
+def test_few_colours_keep_greys_grey_and_colours_told_apart(tmp_path):
+    rng, path = np.random.default_rng(0), tmp_path / "p.png"
+    pixels = np.repeat(rng.integers(0, 256, (64, 64, 1)), 3, 2).astype(np.uint8)
+    for row, colour in enumerate(pen.COLOURS[:6]):
+        pixels[row] = colour
+    Image.fromarray(pixels).save(path)
+    before = path.stat().st_size
+    pen.few_colours(path)
+    after = np.array(Image.open(path).convert("RGB")).astype(int)
+    assert path.stat().st_size < before and np.abs(after - pixels).max() <= 8
+    assert np.ptp(after[6:], axis=2).max() == 0 and len(np.unique(after[6:])) <= 40
+
+
+def test_a_picture_is_pasted_in_any_width():
+    canvas = pen.Canvas(40, 40)
+    canvas.paste(Image.new("RGB", (10, 20), (255, 0, 0)), 4, 6, 5)
+    rows, columns = np.nonzero(np.array(canvas.image)[:, :, 1] == 0)
+    assert (columns.min(), columns.max() + 1, rows.min(), rows.max() + 1) == (8, 18, 12, 32)
+
+
+def test_every_package_is_installed():
+    root = Path(__file__).parents[1]
+    listed = re.search(r"^packages = \[(.*?)\]", (root / "pyproject.toml").read_text(), re.S | re.M)[1]
+    found = {".".join(path.parent.relative_to(root).parts) for path in (root / "medssl").rglob("__init__.py")}
+    assert set(re.findall(r'"([\w.]+)"', listed)) == found
