@@ -23,7 +23,19 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 from medssl import SimCLR, SimSiam, simclr  # noqa: E402
-from medssl.common import augment, data, encoders, features, feed, loop, metrics, pen, plots, portraits, sheets  # noqa: E402
+from medssl.common import (  # noqa: E402
+    augment,
+    data,
+    encoders,
+    features,
+    feed,
+    loop,
+    metrics,
+    pen,
+    plots,
+    portraits,
+    sheets,
+)
 from medssl.common.data import phantoms  # noqa: E402
 from medssl.common.evaluation import readouts, subsets  # noqa: E402
 from medssl.common.monitor import Monitor  # noqa: E402
