@@ -8,9 +8,12 @@ import torch
 from medssl.common import encoders
 
 
-def tiny_encoder(channels=1, stem="default", width=8):
+TINY = encoders.BasicBlock, (1, 1, 1, 1), 8
+
+
+def tiny_encoder(channels=1, stem="default", width=8, stages=4):
     """One block a stage: a real ResNet, only narrow and shallow."""
-    return encoders.ResNet(encoders.BasicBlock, (1, 1, 1, 1), width, channels, stem)
+    return encoders.ResNet(encoders.BasicBlock, (1,) * stages, width, channels, stem)
 
 
 def batch(count=8, channels=1, size=64, seed=0):

@@ -16,7 +16,7 @@ from medssl.common import cli, encoders, metrics
 from medssl.common.evaluation import readouts, report, scores, study, subsets, tasks
 from medssl.common.evaluation.study import Cell, Model, Settings, Study
 from medssl.common.evaluation.tasks import TASKS
-from tests.common import batch
+from tests.common import TINY, batch
 
 FAST = ["--steps", "3", "--batch", "16", "--seeds", "2", "--device", "cpu"]
 PICTURES = {"scores.png", "labels-knn.png", "labels-unet.png", "convergence-finetune.png", "confusion-knn-run.png", "overlay-segment-random.png",
@@ -68,8 +68,10 @@ def npz(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="module")
 def small(tmp_path_factory):
-    """One cache for all tests, intervals from few draws, and three strengths of the linear probe's penalty to choose from."""
+    """One cache for all tests, a smaller network under the name tiny, intervals from few draws, and three strengths of
+    the linear probe's penalty to choose from."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(encoders.ENCODERS, "tiny", TINY)
         patch.setenv("MEDSSL_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(readouts, "L2_GRID", readouts.L2_GRID[1::2])
         patch.setattr(metrics, "draws", functools.partial(metrics.draws, repeats=40))
@@ -203,7 +205,7 @@ def test_exports(home, capsys):
     torch.testing.assert_close(gray.eval()(x), colour.eval()(x.repeat(1, 3, 1, 1)), atol=1e-4, rtol=1e-4)
     assert json.loads(Path("encoder-rgb.json").read_text())["mean"] == pytest.approx([0.3] * 3)
     with np.load("out.npz") as found:
-        assert found["features"].shape == (96, 128) and (np.abs(found["features"]).sum(1) > 0).all()
+        assert found["features"].shape == (96, 64) and (np.abs(found["features"]).sum(1) > 0).all()
         assert found["labels"].shape == found["patients"].shape == found["splits"].shape == found["files"].shape == (96,) and found["classes"].tolist() == ["bright", "dark", "medium"]
 
 
@@ -273,7 +275,7 @@ def test_evil_and_damaged_weights(home, capsys):
     torch.save({"conv1.weight": Evil()}, "evil.pt")
     Path("noise.pt").write_bytes(bytes(5000))
     state = torch.load(home / "run/encoder.pt", weights_only=True)
-    torch.save(state | {"bn1.weight": torch.full((16,), float("nan"))}, "nan.pt")
+    torch.save(state | {"bn1.weight": torch.full((8,), float("nan"))}, "nan.pt")
     torch.save({"conv1.weight": torch.zeros(5, 1, 3, 3)}, "other.pt")
     for name, word in (("evil", "refused"), ("noise", "refused"), ("nan", "not finite"), ("other", "those of none of")):
         assert word in fails(capsys, f"{name}.pt", "--data", home / "set", "--device", "cpu")

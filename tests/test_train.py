@@ -18,7 +18,7 @@ import train
 from medssl import METHODS
 from medssl.common import cli, data, encoders, features, files, loop, metrics, presets, settings
 from medssl.common.monitor import Monitor
-from tests.common import batch
+from tests.common import TINY, batch
 
 FAST = ["--size", "32", "--stem", "default", "--batch", "16", "--steps", "3", "--log-every", "1", "--device", "cpu"]
 
@@ -36,6 +36,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
+    """With a smaller network under the name tiny."""
+    monkeypatch.setitem(encoders.ENCODERS, "tiny", TINY)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MEDSSL_CACHE", str(tmp_path / "cache"))
 
