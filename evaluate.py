@@ -16,8 +16,6 @@ An evaluation that was stopped goes on with what is finished when it is given th
 """
 
 import copy
-import json
-import os
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -25,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from medssl.common import cli, encoders, features, loop, optim
+from medssl.common import cli, encoders, features, files, loop, optim
 from medssl.common.errors import UserError
 from medssl.common.evaluation import figures, foreign, keep, plan, readouts, report, scores, subsets, tasks
 from medssl.common.evaluation.study import Settings, Where, file_name, open_study
@@ -176,7 +174,7 @@ def add_flags(add):
     add("--out", metavar="DIR", help="default: results/NAME, numbered")
     add("--export", metavar="FILE", help="the one encoder, with torchvision's key names; and FILE-rgb for 3 channels")
     add("--features", metavar="FILE.npz", help="pooled features of all images, with labels, patients and splits")
-    add("--device", default="auto")
+    add("--device", type=cli.device, default="auto")
     add("--amp", choices=("off", "bf16", "fp16"), default="off", help="where the loop trains")
     add("--cache", metavar="DIR", help="where decoded images are kept")
 
@@ -226,16 +224,10 @@ def check_flags(args, targets, staged):
 
 def choose_folder(args, study):
     """--out, or the first free results/NAME. Finished results are never written over."""
+    if args.out and keep.was_stopped(Path(args.out)):
+        return Path(args.out)
     stem = f"results/{study.models[-1].name if args.runs else 'random'}-{study.dataset.name}"
-    numbered = (Path(stem if i == 1 else f"{stem}-{i}") for i in range(1, 10_000))
-    out = Path(args.out) if args.out else next(p for p in numbered if not p.exists())
-    results = out / "results.json"
-    if results.exists() and not json.loads(results.read_text()).get("stopped"):
-        raise UserError(f"--out {out}: holds results already; choose another")
-    there = next(p for p in (out, *out.absolute().parents) if p.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise UserError(f"--out {out}: {there} is not a folder that can be written to")
-    return out
+    return files.free_folder(args.out, stem, "results.json")
 
 
 # ---- for other programs

@@ -1,10 +1,11 @@
 """Pretrain an encoder on medical images without labels.
 
     python train.py                                                     built-in images, two minutes on two CPU cores
-    python train.py --method spark --data FOLDER --encoder resnet50 --size 224 --batch 256 --amp bf16 --set
-    mask_ratio=0.75 python train.py --method rotation+simclr --data FOLDER              several methods at once
-    torchrun --nproc_per_node 8 train.py --method moco --data FOLDER    several GPUs python train.py --resume --out
-    runs/NAME                            go on where a run was stopped
+    python train.py --data FOLDER                                       your images, at most half an hour
+    python train.py --method spark --data FOLDER --preset paper --encoder resnet50 --amp bf16 --set mask_ratio=0.75
+    python train.py --method rotation+simclr --data FOLDER              several methods at once
+    torchrun --nproc_per_node 8 train.py --method moco --data FOLDER --out runs/NAME    several GPUs
+    python train.py --resume --out runs/NAME                            go on where a run was stopped
 
 Leaves in the run's folder: config.json, log.jsonl, checkpoint.pt, encoder.pt and pictures. `--set` changes any
 argument of the method's constructor.
@@ -128,9 +129,10 @@ def notes(method, settings, count):
         if hasattr(part, "when_together") and len(settings.parts) > 1:
             yield f"{name} beside others: {part.when_together}"
         queue = settled.queue_size(METHODS[name], settings.parts[name])
+        word = "queue_size" if len(settings.parts) == 1 else f"{name}.queue_size"
         if queue > count:
             yield (f"the queue of {name} holds {queue} embeddings, more than there are images ({count}): images will "
-                   f"meet old embeddings of their own as negatives; --set queue_size={max(1, count // 2)} avoids it")
+                   f"meet old embeddings of their own as negatives; --set {word}={max(1, count // 2)} avoids it")
 
 
 def train(method, monitor, dataset, rows, config):

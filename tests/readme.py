@@ -35,7 +35,7 @@ def run(command, folder, **env):
 
 def run_command(folder):
     install, train = block("run").strip().split(" && ")
-    assert install == "pip install ." and train == "python train.py", (install, train)
+    assert install == "pip install -e ." and train == "python train.py", (install, train)
     said = run([sys.executable, str(ROOT / "train.py"), "--steps", "30"], folder, PYTHONPATH=str(ROOT))
     print(said)
     for word in ("kNN on validation images", "views.png", "curves.png", "spectrum.png"):
@@ -68,7 +68,19 @@ def copy_with_maps(folder):
     print(run([sys.executable, "example.py"], folder))
 
 
-for piece in (run_command, copy_one_file, copy_with_maps):
+def python_way(folder):
+    """The blocks that use the package from Python: the loop from a script, and an augmentation with its geometry."""
+    code = block("python").replace("steps=200", "steps=20").replace('"phantoms", size=64', '"phantoms", size=32')
+    code = code.replace('"contrastive", 64', '"contrastive", 32')
+    (Path(folder) / "loop_example.py").write_text(code)
+    said = run([sys.executable, "loop_example.py"], folder, PYTHONPATH=str(ROOT))
+    assert "20 " in said and (Path(folder) / "encoder.pt").is_file(), said
+    check = "\nfrom tests.test_augment import agreement\nassert agreement(nudged) > 0.9, agreement(nudged)\n"
+    (Path(folder) / "geometry_example.py").write_text(block("geometry") + check)
+    run([sys.executable, "geometry_example.py"], folder, PYTHONPATH=str(ROOT))
+
+
+for piece in (run_command, copy_one_file, copy_with_maps, python_way):
     with tempfile.TemporaryDirectory() as folder:
         piece(folder)
 print("the README's commands work")

@@ -331,7 +331,7 @@ def test_the_bibliography_has_every_paper_of_the_methods_table():
     known = {(author.split(" and ")[0].split()[-1], year) for entry in bibliography.split("\n@")
              for author, year in re.findall(r"author\s*= {(.*?)},\n.*year\s*= {(\d+)}", entry, re.S)}
     table = [[cell.strip() for cell in line.strip("| ").split("|")] for line in readme.splitlines()
-             if re.match(r"\| name \||\|.*\(medssl/\w+\.py\)", line)]
+             if re.match(r"\| method \||\|.*\(medssl/\w+\.py\)", line)]
     assert table and "paper" in table[0], "README.md: the table of methods has a column 'paper'"
     for row in table[1:]:
         papers = row[table[0].index("paper")]

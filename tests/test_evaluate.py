@@ -413,7 +413,7 @@ def test_a_stopped_evaluation_goes_on(home, monkeypatch, capsys):
     monkeypatch.setattr(tasks, "run", original)
     run(*words[:-len(FAST) - 1], "whole", *FAST)
     assert Path("whole/results.csv").read_bytes() == Path("out/results.csv").read_bytes()
-    assert "holds results already" in fails(capsys, *words)
+    assert "holds results.json already" in fails(capsys, *words)
 
 
 def test_statistics_of_the_training_images(home):

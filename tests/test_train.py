@@ -282,12 +282,22 @@ def test_a_checkpoint_of_another_method_is_refused(folder, capsys):
     assert "belongs to another method" in fails(capsys, "--resume", "--out", "b")
 
 
-def settle(*words, count=1000):
+def settle_with(*words, count=1000):
     args = train.parse(list(words))
-    return settings.settle(args, METHODS, args.method.split("+"), presets.Found(count, 64, 1))[0]
+    return settings.settle(args, METHODS, args.method.split("+"), presets.Found(count, 64, 1))
 
 
-def test_recipes_become_settings():
+def settle(*words, count=1000):
+    return settle_with(*words, count=count)[0]
+
+
+@pytest.fixture
+def unrehearsed(monkeypatch):
+    """Settings are settled without making the method: forty million operations an image, as with tiny at 64 pixels."""
+    monkeypatch.setattr(settings, "rehearse", lambda *_: 40e6)
+
+
+def test_recipes_become_settings(unrehearsed):
     """The rate is given per 256 images for SGD and the like, and as it stands for Adam; epochs become steps."""
     paper = ["--preset", "paper", "--data", "x", "--encoder", "tiny", "--size", "64"]
     recipe = presets.recipe_of(METHODS["moco"])
@@ -308,7 +318,7 @@ def says_nothing(name, monkeypatch):
     monkeypatch.setattr(sys.modules[METHODS[name].__module__], "SMALL", {}, raising=False)
 
 
-def test_the_small_preset_looks_at_the_set(monkeypatch):
+def test_the_small_preset_looks_at_the_set(unrehearsed, monkeypatch):
     """Each line is a rule of presets.py."""
     says_nothing("moco", monkeypatch)
     says_nothing("medmoco", monkeypatch)
@@ -319,8 +329,7 @@ def test_the_small_preset_looks_at_the_set(monkeypatch):
     ours = small(1000)
     assert ours.encoder == "tiny" and ours.optimizer == "adamw" and ours.batch == 64 and ours.stem == "default"
     assert ours.steps == presets.PASSES * (1000 // 64) and small(64).steps == presets.LEAST
-    large, costly = small(10 ** 6), small(10 ** 6, 64, 1, "--encoder", "resnet18")
-    assert 4 * costly.steps < large.steps < 10 ** 5
+    assert small(10 ** 6).steps == int(60 * presets.MINUTES / (3 * 64 * 40e6 / presets.PACE))
     assert small(40).batch == 32 and small(1000, 64, 1, "--steps", "7", "--size", "96").steps == 7
     assert small(200).parts["moco"].words["queue_size"] == 50
     assert small(200, 64, 1, "--set", "queue_size=70").parts["moco"].words["queue_size"] == 70
@@ -331,7 +340,14 @@ def test_the_small_preset_looks_at_the_set(monkeypatch):
     assert settings.settle(train.parse([]), METHODS, ["medmoco"], presets.PHANTOMS)[0].steps == 500
 
 
-def test_what_a_method_needs_stands_beside_its_recipe(monkeypatch):
+def test_a_rehearsal_counts_what_an_image_costs():
+    """tiny is ResNet-18 at a quarter of the width; MoCo sends two views through it."""
+    tiny, large = (settle_with("--method", "moco", "--data", "x", "--set", "queue_size=64", "--encoder", name)[1]
+                   for name in ("tiny", "resnet18"))
+    assert 35e6 < tiny < 50e6 and 12 * tiny < large < 16 * tiny
+
+
+def test_what_a_method_needs_stands_beside_its_recipe(unrehearsed, monkeypatch):
     module = sys.modules[METHODS["moco"].__module__]
     monkeypatch.setattr(module, "SMALL", {"temperature": 0.5, "views": "xray", "steps": 700, "stem": "nopool",
                                           "lr": 0.5, "batch": 16}, raising=False)
@@ -356,7 +372,7 @@ def test_a_set_is_looked_at_without_decoding_it(folder, split, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-def test_settings_of_the_optimiser():
+def test_settings_of_the_optimiser(unrehearsed):
     ours = settle("--method", "byol", "--data", "x", "--optimizer", "lars", "--options", "trust=0.02", "--warmup", "3")
     assert ours.options == {"trust": 0.02} and ours.training("out", False).options == {"trust": 0.02}
     assert ours.warmup == 3 * (1000 // 64) == ours.training("out", False).warmup

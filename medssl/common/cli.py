@@ -1,5 +1,4 @@
-"""What the scripts share at the command line: errors in one line with status 2, names suggested, values read,
-Ctrl-C."""
+"""What the scripts share at the command line: errors in one line with status 2, suggestions, values, Ctrl-C."""
 
 import argparse
 import ast

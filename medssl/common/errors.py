@@ -2,4 +2,4 @@
 
 
 class UserError(ValueError):
-    """Something that the user can mend. The scripts print it without a traceback; every other error keeps its traceback."""
+    """Something that the user can mend. The scripts print it without a traceback; all other errors keep theirs."""

@@ -9,8 +9,8 @@ from . import feed
 
 @torch.no_grad()
 def extract(encoder, images, rows, device, ask=None, size=256):
-    """Pooled features (N, D) of dataset rows, the encoder in evaluation mode and left as it was found. ask(x) -> (B, D):
-    what is asked of it, where that is something else than encoder(x)."""
+    """Pooled features (N, D) of dataset rows, the encoder in evaluation mode and left as it was found. ask(x) -> (B,
+    D): what is asked of it, where that is something else than encoder(x)."""
     training, ask = encoder.training, ask or encoder
     encoder.eval()
     features = [ask(feed.batch(images, rows[i:i + size], device)).float().cpu() for i in range(0, len(rows), size)]
@@ -39,12 +39,13 @@ def set_statistics(encoder, images, rows, device, size=256):
 
 
 def knn(train_features, train_labels, features, k=20, temperature=0.1):
-    """Class shares (N, classes) by the k nearest training images in cosine distance, weighted by exp(similarity / temperature)."""
+    """Class shares (N, classes) by the k nearest training images in cosine distance, each with the weight
+    exp(similarity / temperature)."""
     train_labels = torch.as_tensor(np.asarray(train_labels))
     known, shares = F.normalize(train_features, dim=1), []
     for part in F.normalize(features, dim=1).split(4096):           # bounds the memory
         similarity = part @ known.T                                 # (n, M)
         nearest, index = similarity.topk(min(k, similarity.shape[1]), dim=1)                                # (n, k)
         votes = F.one_hot(train_labels[index], int(train_labels.max()) + 1) * (nearest / temperature).exp().unsqueeze(2)
-        shares.append(votes.sum(1) / votes.sum((1, 2)).unsqueeze(1))                                        # (n, classes)
+        shares.append(votes.sum(1) / votes.sum((1, 2)).unsqueeze(1))                                # (n, classes)
     return torch.cat(shares).numpy()                                # (N, classes)

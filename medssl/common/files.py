@@ -78,8 +78,7 @@ def save_torch(path, content):
 
 
 def load_torch(path):
-    """Tensors and plain containers only. A pickle can run any command when it is opened, so nothing else is
-    accepted."""
+    """Tensors and plain containers only. A pickle can run any command when it is opened, so it is refused."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
@@ -125,8 +124,7 @@ def read_config(folder):
 
 
 class Log:
-    """log.jsonl, one line per logging step, cut back to the checkpoint when a run is resumed; path None writes
-    nothing."""
+    """log.jsonl, a line per logging step, cut back to the checkpoint by a resumed run; path None writes nothing."""
 
     def __init__(self, path, start):
         self.path, self.step, self.time = path, start, time.perf_counter()

@@ -17,8 +17,7 @@ KNOWN, ASKED = 1500, 500                            # training images that a kNN
 
 
 class Monitor:
-    """first: the encoder before training, which the trained one has to beat; draws: whether this process is the one
-    that does."""
+    """first: the encoder before training, which the trained one has to beat; draws: whether this process does."""
 
     def __init__(self, first, dataset, rows, device, config, draws=True):
         self.every = max(1, config.steps // 10 // config.log_every) * config.log_every
@@ -106,20 +105,16 @@ class Monitor:
 
     def draw_curves(self, history):
         """The log so far, as curves.png."""
-        def series(key):
+        def chart(key, name, title, y_label, levels):
             points = [(record["step"], record[key]) for record in history if key in record]
-            return {key: tuple(zip(*points, strict=True))} if points else {}
+            return plots.Chart({name: tuple(zip(*points))} if points else {}, title, "step", y_label, horizontal=levels)
 
-        chance = [record["chance"] for record in history if "chance" in record]
-        panels = [{"series": series("loss"), "title": "loss", "x_label": "step", "y_label": "loss",
-                   "horizontal": {"chance": chance[-1]} if chance else None}]
-        if series("knn"):
-            panels.append({"series": series("knn"), "title": "kNN on validation images", "x_label": "step",
-                           "y_label": "balanced accuracy", "horizontal": self.start | {"chance": self.chance()}})
-        if series("rank_me"):
-            panels.append({"series": series("rank_me"), "title": "RankMe of the features", "x_label": "step",
-                           "y_label": "effective directions"})
-        plots.panels(panels, self.out / "curves.png")
+        chance = {"chance": history[-1]["chance"]} if "chance" in history[-1] else {}
+        guess = {} if self.unscored else {"chance": self.chance()}
+        charts = [chart("loss", "loss", "loss", "loss", chance),
+                  chart("knn", "trained", "kNN on validation images", "balanced accuracy", self.start | guess),
+                  chart("rank_me", "trained", "RankMe of the features", "effective directions", {})]
+        plots.panels([each for each in charts if each.series], self.out / "curves.png")
 
     def summary(self, record):
         """For the bar."""

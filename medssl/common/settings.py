@@ -1,5 +1,4 @@
-"""The settings of a run: all that decides what it computes, settled once, printed, kept in config.json and resumed
-from.
+"""The settings of a run: all that decides what it computes, settled once, printed, stored, and resumed from.
 
 Flags win; what they leave open comes from the preset or the RECIPE of the (first) method. Methods are handed in as
 classes, so that nothing here knows one by name.
@@ -94,8 +93,7 @@ def stored(folder, device):
 
 
 def settle(args, methods, names, found):
-    """The Settings from the flags, and how many operations a forward pass needs for one image. methods: name ->
-    class."""
+    """The Settings from the flags, and how many operations an image costs in a forward pass. methods: name -> class."""
     classes = [methods[name] for name in names]
     plan = presets.small(classes, found) if args.preset == "small" else presets.paper(classes[0])
     given = {flag: getattr(args, flag) for flag in FLAGS if getattr(args, flag) is not None}
@@ -198,8 +196,7 @@ def queue_size(cls, part):
 
 
 def build(methods, parts, encoder, channels, size):
-    """The method, or several joined by Together; each gets its own views and the arguments that its signature asks
-    for."""
+    """The method, or several joined by Together; each gets its own views and the words that its signature asks for."""
     built = {}
     for name, part in parts.items():
         cls, words = methods[name], dict(part.words)

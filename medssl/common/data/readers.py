@@ -250,7 +250,9 @@ def _pixels(image, indices):
         raise ValueError("is a TIFF with its channels in separate planes, which is read only for 8-bit RGB: save it "
                          "with PlanarConfiguration 1")
     image.load()                                                            # refuses a file that ends early
-    ImageOps.exif_transpose(image, in_place=True)
+    known = " ".join(map(str, image.info)).lower()
+    if image.format == "TIFF" or "exif" in known or "xmp" in known:         # asking every picture takes a while
+        ImageOps.exif_transpose(image, in_place=True)
     steps = ()
     if image.mode in ("1", "LA", "La"):
         steps = ("L",)

@@ -40,6 +40,14 @@ def open_folder(study):
     files.write_json(asked, now)
 
 
+def was_stopped(folder):
+    """Whether the results in this folder are those of an evaluation that Ctrl-C ended."""
+    try:
+        return bool(json.loads((folder / "results.json").read_text()).get("stopped"))
+    except (OSError, ValueError):
+        return False
+
+
 def path_of(study, cell, model, seed):
     parts = [model.name, *(part for part in cell if part is not None), f"seed{seed}"]
     return study.out / "fits" / f"{file_name('-'.join(map(str, parts)))}.npz"

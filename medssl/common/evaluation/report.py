@@ -20,9 +20,8 @@ from .scores import Gain, gain, never_predicted, steps_to
 from .study import Cell
 from .tasks import SPEED, TASKS, WORDS
 
-MAIN = ("balanced_accuracy", "dice")            # charted, and differences printed
 LEGEND = """[ ]: 95 % when the test patients are drawn anew; ±: standard deviation over seeds; P: share of those draws
-in which the gain is not above 0; seeds: in how many it is above 0; *: settled, that is larger than what the draw of
+in which the gain is not above 0, and in how many seeds it is above 0; *: settled, that is larger than what the draw of
 test patients and of seeds make of no gain at all (95 %; seeds are those of the read-outs, not of pretraining)"""
 
 
@@ -38,7 +37,7 @@ class Summary:
 
     @property
     def main(self):
-        return next(name for name in MAIN if name in self.scores)
+        return main_of(self.cell)
 
     def mean(self, name):
         return self.scores[name]["mean"] if name in self.scores else math.nan
@@ -52,6 +51,11 @@ class Difference:
     second: str
     metric: str
     gain: Gain
+
+
+def main_of(cell):
+    """The score that is charted, and whose differences are printed."""
+    return TASKS[cell.task].columns[0]
 
 
 def summarise(study, records):
@@ -196,7 +200,7 @@ def worth(found):
     """A gain in one phrase."""
     text = f"{number(found.mean, '+')}{bracket(found.interval)}{'*' * found.settled}"
     if math.isfinite(found.not_positive):
-        text += f" P {found.not_positive:.3f}, seeds {found.seeds_above}/{found.seeds}"
+        text += f" P {found.not_positive:.3f}, {found.seeds_above} of {found.seeds}"
     return text
 
 
@@ -258,7 +262,7 @@ def print_differences(study, differences):
     for d in differences:
         first.setdefault(d.cell.task, d.cell)
     shown = [d for d in differences
-             if not {d.first, d.second} & random and d.metric in MAIN and d.cell == first[d.cell.task]]
+             if not {d.first, d.second} & random and d.metric == main_of(d.cell) and d.cell == first[d.cell.task]]
     if shown:
         print("\npaired differences")
     for d in shown:

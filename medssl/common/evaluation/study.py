@@ -5,7 +5,6 @@ A model is a network with its weights, a network with random ones, or a file of 
 """
 
 import copy
-import json
 import math
 import re
 from collections import namedtuple
@@ -61,7 +60,7 @@ class Model:
     encoder: str | None                         # None: features of another program
     stem: str | None
     file: Path | None = None                    # None: random weights
-    config: dict | None = None                  # of the run that the file lies in
+    run: files.Run | None = None                # that the file lies in
     step: int | None = None                     # of its pretraining, where the file's name says so
     network: torch.nn.Module | None = None
     features: torch.Tensor | None = None        # (N, D), of another program
@@ -172,8 +171,8 @@ def open_study(paths, where, settings, device):
     """The images, and all models on them. One set of images for all rows: at the size, the channels and the column of
     the first run unless told otherwise; an encoder made for other channels gets its first layer summed or spread."""
     models = [describe(path, where) for path in paths]
-    run = next((model for model in models if model.config), None)
-    dataset = open_images(where, models, run)
+    first = next((model for model in models if model.run), None)
+    dataset = open_images(where, models, first and first.run)
     groups = np.arange(len(dataset)) if dataset.groups is None else dataset.groups
     study = Study(settings, dataset, device, line_up(models, where, dataset), groups)
     if dataset.splits is None:
@@ -184,8 +183,8 @@ def open_study(paths, where, settings, device):
     if dataset.groups is None:
         study.note(f"{dataset.name} has no patient numbers: every image counts as a patient of its own, and intervals "
                    "may be too short")
-    if run and (where.size, where.channels) == (None, None):
-        study.note(f"images are loaded as {by(dataset.images.shape[1:])}, as {run.name} saw them")
+    if first and (where.size, where.channels) == (None, None):
+        study.note(f"images are loaded as {by(dataset.images.shape[1:])}, as {first.name} saw them")
     for model in models:
         if model.encoder is None:
             model.features = foreign.line_up(model.features, dataset, model.file, study.note)
@@ -199,15 +198,13 @@ def by(shape):
 
 
 def open_images(where, models, run):
-    made = run.config["data"] | run.config["arguments"] if run else {"data": None, "label": "label"}
-    path = where.data or made["data"]
+    path = where.data or (run and run.data)
     if path is None:
         raise UserError("--data FOLDER: no run says which images to look at" if models
                         else "name a run, a file of weights, or --data FOLDER")
-    own = made["data"] in (path, str(Path(path).resolve()))
-    return data.load(path, where.size or (run and run.config["data"]["size"]),
-                     where.channels or (run and run.config["data"]["channels"]),
-                     where.label or (made["label"] if own else "label"), where.cache)
+    own = run and run.data in (path, str(Path(path).resolve()))
+    return data.load(path, where.size or (run and run.size), where.channels or (run and run.channels),
+                     where.label or (run.label if own else "label"), where.cache)
 
 
 def describe(path, where):
@@ -224,14 +221,8 @@ def describe(path, where):
     name += f"@{step[1]}" if step else ""
     if not (folder / "config.json").is_file():
         return Model(name, *guess(state, where, file), file)
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        _ = [config[room][key] for room, keys in (("arguments", ("data", "label")), ("data", ("channels", "size")))
-             for key in keys]
-        kind = config["encoder"]["name"], config["encoder"]["stem"]
-        return Model(name, *kind, file, config, int(step[1]) if step else None)
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{folder / 'config.json'}: damaged; without it the file is taken as bare weights") from None
+    run = files.read_run(folder)
+    return Model(name, run.encoder, run.stem, file, run, int(step[1]) if step else None)
 
 
 def guess(state, where, file):
@@ -254,8 +245,8 @@ def guess(state, where, file):
 def open_network(model, study):
     """The model's network, with a note where it meets other images than it was trained on."""
     shape, seen = study.dataset.images.shape[1:], None
-    if model.config:
-        seen = model.config["data"]["channels"], model.config["data"]["size"]
+    if model.run:
+        seen = model.run.channels, model.run.size
     if seen and seen != shape[:2]:
         spread = ", its first layer summed or spread over the channels" * (seen[0] != shape[0])
         study.note(f"{model.name} was trained on {by((*seen, seen[1]))} images and is scored on {by(shape)} ones"
