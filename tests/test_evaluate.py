@@ -13,12 +13,14 @@ from PIL import Image
 
 import evaluate
 from medssl.common import cli, encoders, metrics
-from medssl.common.evaluation import readouts, report, scores, study, subsets, tasks
+from medssl.common.data import Dataset
+from medssl.common.evaluation import keep, readouts, report, scores, study, subsets, tasks
 from medssl.common.evaluation.study import Cell, Model, Settings, Study
 from medssl.common.evaluation.tasks import TASKS
-from tests.common import TINY, batch
+from tests.common import TINY, batch, tiny_encoder
 
 FAST = ["--steps", "3", "--batch", "16", "--seeds", "2", "--device", "cpu"]
+ONCE = ["--steps", "3", "--batch", "16", "--seeds", "1", "--device", "cpu"]
 PICTURES = {"scores.png", "labels-knn.png", "labels-unet.png", "convergence-finetune.png", "confusion-knn-run.png", "overlay-segment-random.png",
             "overlay-unet-run.png", "spectrum.png"}
 
@@ -371,8 +373,8 @@ def test_features_of_another_program_score_as_their_weights_do(home, capsys):
 def test_stages_changes_grades_and_patients(home, capsys):
     """The pooled map of stage 4 is the encoder's own feature; images as they are score as under `linear`."""
     run(home / "run", "--task", "knn", "linear", "grade", "robustness", "--stage", "1", "4", "--per", "patient", "--patient-label",
-        "max", "--out", "out", *FAST)
-    run(home / "run", "--task", "knn", "linear", "--out", "plain", *FAST)
+        "max", "--out", "out", *ONCE)
+    run(home / "run", "--task", "knn", "linear", "--out", "plain", *ONCE)
     found, plain = (json.loads(Path(f"{name}/results.json").read_text())["cells"] for name in ("out", "plain"))
     own = {(c["task"], c["stage"], c["model"]): c["scores"] for c in found}
     for c in plain:
@@ -414,6 +416,16 @@ def test_a_stopped_evaluation_goes_on(home, monkeypatch, capsys):
     run(*words[:-len(FAST) - 1], "whole", *FAST)
     assert Path("whole/results.csv").read_bytes() == Path("out/results.csv").read_bytes()
     assert "holds results.json already" in fails(capsys, *words)
+
+
+def test_fits_of_other_weights_are_not_gone_on_with():
+    dataset = Dataset("", np.zeros((4, 1, 8, 8), np.uint8), np.arange(4) % 2)
+
+    def digest(network, **words):
+        model = Model("run", "tiny", "default", Path("encoder.pt"), network=network)
+        return keep.digest(Study(Settings(**words), dataset, torch.device("cpu"), [model], np.arange(4)))
+    first, second = tiny_encoder(), tiny_encoder()
+    assert digest(first) == digest(first, seeds=9) and len({digest(first), digest(second), digest(first, lr=0.5)}) == 3
 
 
 def test_statistics_of_the_training_images(home):

@@ -301,6 +301,8 @@ def test_statistics_are_those_of_the_images():
     torch.testing.assert_close(encoder.bn1.running_var, first.var((0, 2, 3)), rtol=1e-4, atol=1e-5)
     assert all(torch.equal(weights[k], v) for k, v in encoder.named_parameters())
     assert not encoder.training and encoder.bn1.momentum == 0.1
+    set_statistics(encoder, data.images, np.arange(24), torch.device("cpu"), size=8)        # of all three batches
+    torch.testing.assert_close(encoder.bn1.running_mean, first.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
 
 
 # ---- scores by patient, and what a difference is worth
