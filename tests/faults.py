@@ -11,6 +11,7 @@ test_loop.py with this word. Exit status 1 where a fault survives, or where its 
 
 import argparse
 import compileall
+import importlib
 import os
 import py_compile
 import shutil
@@ -20,14 +21,10 @@ import tempfile
 import time
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"
-import numpy                                                                # noqa: F401  here once, not in each child
-import PIL.Image                                                            # noqa: F401
 import pytest
-import torch._dynamo                                                        # noqa: F401  every optimiser asks for it
-import torch.utils.flop_counter                                             # noqa: F401
 
 ROOT = Path(__file__).parents[1]
+WARM = "numpy", "PIL.Image", "torch._dynamo", "torch.utils.flop_counter"    # imported once, not in each child
 FAULTS = {                                                                  # file or folder: its faults
     "medssl/simclr.py": [
         ("the temperature inverted", "z @ z.T / temperature", "z @ z.T * temperature", "losses -k nt_xent"),
@@ -465,7 +462,7 @@ FAULTS = {                                                                  # fi
         ("a series from head to feet", "np.cross(row, column)", "np.cross(column, row)", "readers -k dicom_series"),
         ("MONOCHROME1 as it is stored", '== "MONOCHROME1"', '== "MONOCHROME3"', "readers -k dicom"),
         ("white is zero", "tags.get(262) == 0 and", "tags.get(262) == 9 and", "readers -k white"),
-        ("EXIF not applied", "    ImageOps.exif_transpose(image, in_place=True)\n", "", "readers -k orientation"),
+        ("EXIF not applied", "ImageOps.exif_transpose(image, in_place=True)", "pass", "readers -k orientation"),
         ("a series for a patient", '("patient", told.patient) if told.patient else',
          '("patient", told.series) if told.patient else', "sources -k patients"),
         ("names of patients kept", 'f"patient {numbers.setdefault(key, len(numbers) + 1)}"',
@@ -545,6 +542,9 @@ def main():
     if args.list:
         print("\n".join(f"{place}: {what} ({tests})" for place, what, _, _, tests in chosen))
         return
+    os.environ["OMP_NUM_THREADS"] = "1"
+    for name in WARM:
+        importlib.import_module(name)
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         copy = Path(folder) / "checkout"
         copy_checkout(copy)
