@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from medssl import METHODS                                                  # noqa: E402
-from medssl.common import encoders, feed, loop, settings                    # noqa: E402
+from medssl import METHODS
+from medssl.common import encoders, feed, loop, settings
 
 
 def main():

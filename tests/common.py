@@ -7,7 +7,6 @@ import torch
 
 from medssl.common import encoders
 
-
 TINY = encoders.BasicBlock, (1, 1, 1, 1), 8
 
 

@@ -6,7 +6,7 @@ import os
 # On networks this small a second thread costs as much as it gives, and beside other work the two wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from tests.two_process import helper                                        # noqa: E402
+from tests.two_process import helper
 
 MANY = 100                         # fewer tests than this run one after the other: somebody is looking for an error
 

@@ -90,7 +90,9 @@ def main():
             name, text = f.relative_to(ROOT), f.read_text()
             complaints += too_large(name, ast.parse(text))
             complaints += [f"{name}: {text.count(chr(10))} lines"] if text.count("\n") > 400 else []
-    print(f"common, its two wings and both scripts: {sum(rooms[r] for r in ('common', 'data', 'evaluation', 'scripts'))}")
+    print(
+        f"common, its two wings and both scripts: {sum(rooms[r] for r in ('common', 'data', 'evaluation', 'scripts'))}"
+    )
     graph = arrows()
     chain, circles = chains(graph)
     print(f"{len(graph)} files, {sum(map(len, graph.values()))} arrows, longest chain {len(chain)}: "

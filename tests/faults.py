@@ -1,4 +1,4 @@
-"""Do the tests find what goes wrong? Breaks the code in many ways, one at a time, and tells which of them no test finds.
+"""Do the tests find what goes wrong? Breaks the code in many ways, one at a time, and tells which no test finds.
 
     python tests/faults.py               all, in a scratch copy of this checkout; about ten minutes on one CPU core
     python tests/faults.py -k moco       those with this word in their file, their words or their tests
@@ -503,9 +503,9 @@ FAULTS = {                                                                  # fi
          "order[:round(float(amount) * len(order))]", "readouts -k subsets"),
         ("validation images learnt from", 'rows["train"] = np.setdiff1d(rows["train"], rows["val"])',
          'rows["train"] = rows["train"]', "readouts -k validation_patients"),
-        ("validation splits patients", 'prefix(order, groups[order], "0.15")', "order[:len(order) * 15 // 100 - 1]",
+        ("validation splits patients", 'prefix(order, groups[order], "0.15")', "order[:len(order) * 15 // 100]",
          "readouts -k validation_patients"),
-        ("the same subset for every seed", "self.strata[rows], seed)", "self.strata[rows], 0)", "readouts -k subset"),
+        ("the same subset for every seed", "self.strata[rows], seed)", "self.strata[rows], 0)", "readouts -k rarer"),
         ("the rare class not kept", "keep[rare] = few", "keep[rare] = 10 * few", "readouts -k rare"),
         ("answers of validation rows scored", 'test, study = fit.target.rows["test"], fit.study',
          'test, study = fit.target.rows["val"], fit.study', "evaluate -k scored_once"),
@@ -525,7 +525,7 @@ FAULTS = {                                                                  # fi
          "evaluate -k another_program"),
         ("heads drawn on", "    network = fit.model.fresh(fit.study, fit.seed)\n    torch.manual_seed(fit.seed)\n",
          "    network = fit.model.fresh(fit.study, fit.seed)\n", "evaluate -k order_and_head"),
-        ("neighbours that outvote a class", "2 * smallest - 1", "2 * len(fit.rows)", "evaluate readouts -k neighbours"),
+        ("neighbours that outvote a class", "2 * smallest - 1", "2 * len(fit.rows)", "readouts -k neighbours"),
         ("changed images at training too", "network(robustness.CHANGES[n](x, s))", "network(x)",
          "evaluate -k stages_changes"),
     ],

@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from medssl.common import metrics                                           # noqa: E402
+from medssl.common import metrics
 
 CONTRASTIVE = ("simclr", "dcl", "simsiam", "byol", "vicreg", "swav", "moco", "medmoco")
 ALL = (*CONTRASTIVE, "spark", "rotation", "relative", "jigsaw", "autoencoder", "genesis", "rubik", "pcrl")

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from medssl.common import augment, feed, loop, metrics, unet
+from medssl.common.data import Dataset
 from medssl.common.errors import UserError
 from medssl.common.evaluation import readouts, scores, subsets, tasks
-from medssl.common.evaluation.study import Settings, Study
+from medssl.common.evaluation.study import Model, Settings, Study
 from medssl.common.features import extract, knn, set_statistics
-from medssl.common.data import Dataset
 from tests.common import batch, tiny_encoder
 
 
@@ -259,6 +259,7 @@ def test_the_rare_class_is_made_rarer():
     assert counts("others", (1, 2, 10, None)) == [[20, 20, 20], [40, 40, 20], [200, 200, 20], [300, 200, 100]]
     assert counts("rare", (1000, 10, 1, None)) == [[100, 100, 1], [100, 100, 10], [100, 100, 100], [300, 200, 100]]
     few = target.training(groups, "0.2", subsets.Imbalance(10, 10), 0)
+    assert set(target.training(groups, "0.2", None, 0)) != set(target.training(groups, "0.2", None, 1))
     assert set(few) < set(target.training(groups, "1.0", subsets.Imbalance(10, 10), 0)) and abs(len(few) - 84) <= 3
     with pytest.raises(UserError, match="--imbalance 300"):
         target.training(groups, "1.0", subsets.Imbalance(1, 300), 0)
@@ -353,6 +354,16 @@ def test_settled_is_seldom_wrong_and_often_found():
     """No effect: at most 5 % of 1,000 comparisons. An effect of four standard errors: most of them."""
     assert simulate(0.0, 1000) <= 0.05
     assert simulate(4 * math.sqrt(0.2 ** 2 / 40 + 0.02 ** 2 / 3), 300) > 0.8
+
+
+def test_neighbours_are_so_few_that_a_small_class_can_win():
+    labels = np.array([0] * 30 + [1] * 3 + [0, 1])
+    rows = {"train": np.arange(33), "val": np.arange(0), "test": np.arange(33, 35)}
+    target = subsets.Target(labels, ("a", "b"), labels, rows)
+    study = Study(Settings(), None, torch.device("cpu"), [], np.arange(35), targets={"labels": target},
+                  kept={("random", None): (torch.ones(35, 3), "")})
+    tasks.run(study, tasks.Cell("knn", "1.0"), Model("random", "tiny", "default"), 0)
+    assert study.notes == ["knn: 5 neighbours, as the smallest class has 3 training images in some cells"]
 
 
 def test_a_class_that_is_never_predicted_is_named():
