@@ -235,9 +235,9 @@ def choose_folder(args, study):
 def export(study, path):
     """The encoder as it is, and beside it one whose first layer takes 3 channels (a gray image repeated gives the same
     features)."""
-    network, path = copy.deepcopy(study.models[-1].network).cpu(), Path(path)
-    if network is None:
+    if study.models[-1].network is None:
         raise UserError(f"--export: {study.models[-1].file} holds features, not weights")
+    network, path = copy.deepcopy(study.models[-1].network).cpu(), Path(path)
     encoders.save(network, path)
     written = [str(path)]
     if network.conv1.in_channels == 1:

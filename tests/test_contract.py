@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from medssl import METHODS
-from medssl.common import augment, cli, encoders, optim, unet
+from medssl.common import augment, cli, encoders, unet
+from medssl.common.settings import check_optimizer
 from tests.common import Flip, batch, tiny_encoder
 
 ROOT = Path(__file__).parents[1]
@@ -264,7 +265,6 @@ def test_an_encoder_without_maps_is_refused_with_the_same_sentence(name):
         setattr(encoder, missing.split(",")[0][1:], [])
 
 
-OPTIONS = {"decay_all"}                                                     # that are not words of every optimiser
 WORDY = ("--set", "--options", "--optimizer", "--views", "--encoder", "--stem")     # the others take a number
 WORKS = re.compile(r"Settings of the works that use it, as words of train.py:\n((?:  .*\n?)+)")
 
@@ -304,9 +304,8 @@ def test_settings_in_headers_can_be_set(name):
         cli.check_settings(words, inspect.signature(METHODS[name]), (), name)
         numbers = {flag: float(*value) for flag, value in flags.items() if flag not in WORDY}
         optimizer, = flags.get("--optimizer", [recipe["optimizer"]])
-        accepted = inspect.signature(optim.OPTIMIZERS[optimizer]).parameters
         options = cli.read_settings(flags.get("--options", []))
-        assert set(options) <= set(accepted) | OPTIONS, f"{where}: {optimizer} takes no {set(options) - set(accepted)}"
+        check_optimizer(optimizer, options | {"decay_all": True})           # as train.py does
         assert flags.get("--views", ["plain"])[0] in augment.RECIPES, where
         if "(RECIPE)" in work:
             assert words == {k: v for k, v in constants(name).items() if k in words}, f"{where}: not the defaults"

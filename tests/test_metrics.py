@@ -135,12 +135,16 @@ def test_collapse_is_seen():
     assert metrics.array(torch.ones(2, dtype=torch.bfloat16, requires_grad=True)).dtype == np.float32
 
 
+def interval(*words, **more):
+    return metrics.ends(metrics.draws(*words, **more))
+
+
 def test_bootstrap_covers():
     patients, hits = np.repeat(np.arange(40), 5), {"patients": 0, "images": 0}          # a patient's images are alike
     for trial in range(60):
         values = np.repeat(random(trial).standard_normal(40), 5)
         for name, groups in (("patients", patients), ("images", np.arange(200))):
-            low, high = metrics.bootstrap(lambda rows, values=values: values[rows].mean(), groups, 80, trial)
+            low, high = interval(lambda rows, values=values: values[rows].mean(), groups, 80, trial)
             hits[name] += bool(low < 0 < high)
     assert 50 <= hits["patients"] <= 59 and hits["images"] < 42
 
@@ -148,11 +152,11 @@ def test_bootstrap_covers():
 def test_bootstrap_groups():
     groups, values = np.array([7, 3, 7, 3, 9]), np.array([1.0, 2, 3, 4, 5])
     seen = []
-    low, high = metrics.bootstrap(lambda rows: seen.append(sorted(rows)) or [values[rows].mean(), np.nan], groups, 50)
+    low, high = interval(lambda rows: seen.append(sorted(rows)) or [values[rows].mean(), np.nan], groups, 50)
     assert low.shape == high.shape == (2,) and low[0] < high[0] and np.isnan([low[1], high[1]]).all()
     assert all(rows.count(0) == rows.count(2) and rows.count(1) == rows.count(3) for rows in seen)
-    assert metrics.bootstrap(lambda rows: values[rows].mean(), groups, 50) == (low[0], high[0])                # seeded
-    assert np.isnan(metrics.bootstrap(lambda rows: 1.0, np.zeros(5), 10)).all()
+    assert interval(lambda rows: values[rows].mean(), groups, 50) == (low[0], high[0])                # seeded
+    assert np.isnan(interval(lambda rows: 1.0, np.zeros(5), 10)).all()
 
 
 def test_draws_and_their_ends():
@@ -175,7 +179,7 @@ def test_draws_and_their_ends():
             place = share * (len(kept) - 1)                                 # between two draws: in proportion
             left, right = kept[int(place)], kept[min(int(place) + 1, len(kept) - 1)]
             assert end[column] == pytest.approx(left + (place - int(place)) * (right - left), rel=1e-12)
-    assert np.array_equal((low, high), metrics.bootstrap(function, groups, 60, seed=5))
+    assert np.array_equal((low, high), interval(function, groups, 60, seed=5))
     assert metrics.draws(lambda rows: 1.0, np.zeros(5), 10).shape == (10,) and metrics.ends(np.ones(9)) == (1.0, 1.0)
     assert np.isnan(metrics.draws(lambda rows: 1, np.zeros(5), 10)).all()
     share = (metrics.draws(lambda rows: values[rows].mean(), groups, 400) <= 0).mean()     # that a gain is not positive
@@ -189,4 +193,3 @@ def test_mean_interval():
     assert metrics.t_quantile(60) == pytest.approx(2.0003, abs=1e-4)
     assert metrics.mean_interval([0.5])[0] == 0.5 and np.isnan(metrics.mean_interval([0.5])[1])
     assert np.isnan(metrics.mean_interval([])).all()
-    assert metrics.paired_difference([0.9, 0.7, 0.8], [0.8, 0.6, 0.7]) == pytest.approx((0.1, 0), abs=1e-9)

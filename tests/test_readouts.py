@@ -372,15 +372,17 @@ def test_a_class_that_is_never_predicted_is_named():
     assert scores.never_predicted(np.eye(3)[[0, 0, 2]], ("a", "b", "c")) == ["b"]
 
 
-def test_a_small_class_is_not_drowned():
+def test_a_small_class_is_not_drowned(monkeypatch):
     """A network that knows nothing, and a class on 2 % of the pixels: what its own pixels say for it, as a share of what
     all others say against it, is twice what it is with all pixels alike."""
     masks = np.zeros((4, 32, 32), np.uint8)
     masks[:, :5, :4] = 1
     target = subsets.Target(masks, ("0", "1"), np.zeros(4, int), {"train": np.arange(4)})
     fit = tasks.Fit(Study(Settings(), None, None, [], None), tasks.Cell("unet"), None, 0, target, np.arange(4))
-    encoder = tiny_encoder()
-    method = tasks.segmenter(fit, encoder, None, unet.Decoder(encoder.widths, encoder.strides, 2))
+    monkeypatch.setattr(tasks, "start", lambda fit: (tiny_encoder(), None))
+    monkeypatch.setattr(tasks, "decoder_for", lambda fit, encoder: unet.Decoder(encoder.widths, encoder.strides, 2))
+    monkeypatch.setattr(tasks, "trained", lambda fit, method: method)
+    method = tasks.by_unet(fit)
     assert method.head.out.bias.eq(0).all()
     truth = torch.from_numpy(masks).long()
 

@@ -154,12 +154,11 @@ def resample(images, theta, size):
     return F.avg_pool2d(views, k) if k > 1 else views                                            # (B, C, size, size)
 
 
-def warp(mask, theta, size=None):
+def warp(mask, theta):
     """The masks (B, H, W) that belong to views made with theta: nearest class, 0 (background) outside."""
-    shape = (len(mask), 1, size or mask.shape[1], size or mask.shape[2])
-    grid = F.affine_grid(theta, shape, align_corners=False)
+    grid = F.affine_grid(theta, (len(mask), 1, *mask.shape[1:]), align_corners=False)
     picture = F.grid_sample(mask[:, None].float(), grid, mode="nearest", padding_mode="zeros", align_corners=False)
-    return picture[:, 0].to(mask.dtype)                                                          # (B, size, size)
+    return picture[:, 0].to(mask.dtype)                                                          # (B, H, W)
 
 
 def blend(x, other, factor):

@@ -108,17 +108,17 @@ def read_settings(pairs, flag="--set"):
     return settings
 
 
-KINDS = {bool: bool, int: int, float: (int, float), str: str}  # kind of a default -> what may replace it
+KINDS = {bool: bool, int: int, float: (int, float), str: (str, type(None))}  # kind of a default -> what may replace it
 
 
-def check_settings(settings, signature, reserved, what, flag="--set"):
+def check_settings(settings, signature, reserved, what):
     """Every name must be a word of the constructor, every value of the kind of its default."""
     words = {k: p.default for k, p in signature.parameters.items() if k not in reserved}
     for name, value in settings.items():
         default = words[one_of(name, words, f"setting of {what}")]
         if type(default) in KINDS and not is_kind(value, KINDS[type(default)]):
             kind = type(default).__name__
-            raise UserError(f"{flag} {name}={value}: {what} takes {kind} values there, for example {default}")
+            raise UserError(f"--set {name}={value}: {what} takes {kind} values there, for example {default}")
 
 
 def is_kind(value, kind):

@@ -253,11 +253,6 @@ def ends(values):
     return tuple(pairs[:, end].reshape(values.shape[1:])[()] for end in (0, 1))
 
 
-def bootstrap(function, groups, repeats=1000, seed=0):
-    """The interval of `draws`. Fewer than about 20 groups give too short an interval."""
-    return ends(draws(function, groups, repeats, seed))
-
-
 def t_quantile(freedom):
     """97.5 % quantile of Student's t: a table, then the series in 1/freedom (Abramowitz and Stegun 26.7.5)."""
     if freedom <= len(T_QUANTILES):
@@ -274,9 +269,3 @@ def mean_interval(values):
     values = values[~np.isnan(values)]
     half = t_quantile(len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else float("nan")
     return mean_defined(values), float(half)
-
-
-def paired_difference(first, second):
-    """(mean, half width) of first - second over seeds, value by value: what both share (the seed's split, its subset)
-    cancels."""
-    return mean_interval(np.asarray(first, float) - np.asarray(second, float))

@@ -27,8 +27,6 @@ PACE = 35e9                 # two CPU cores do so many operations a second (meas
 QUEUE = 1 / 4               # of the images is what a queue holds at most
 IN_COLOUR = {"ct": "histology", "slices": "histology"}              # views made for gray slices -> for colour images
 RESERVED = ("views", "steps", "stem", "lr", "batch")                # in a method's SMALL; the rest are its words
-WORDS = {"queue_size": 128, "momentum": 0.9, "width": 64, "prototypes": 20, "freeze": 0, "crops": 2,
-         "epsilon": 0.03}                                                   # of methods whose file has no SMALL
 
 
 @dataclass
@@ -115,5 +113,4 @@ def recipe_of(cls):
 
 
 def small_of(cls):
-    """What the method's file says under SMALL; general words where it says nothing."""
-    return getattr(sys.modules[cls.__module__], "SMALL", WORDS)
+    return sys.modules[cls.__module__].SMALL

@@ -118,12 +118,13 @@ def settle(args, methods, names, found):
 
 
 def check_optimizer(name, options):
-    """The words of --options, held against the optimiser's own."""
+    """The words of --options, held against the optimiser's own, and decay_all, which optim.build takes for all."""
     reserved = {"params", "lr", "weight_decay", "foreach", "fused", "maximize", "capturable", "differentiable"}
+    words = set(inspect.signature(optim.OPTIMIZERS[name]).parameters) - reserved | {"decay_all"}
     for word in options:
-        cli.one_of(word, set(inspect.signature(optim.OPTIMIZERS[name]).parameters) - reserved, f"option of {name}")
+        cli.one_of(word, words, f"option of {name}")
     try:
-        optim.build(name, [torch.nn.Parameter(torch.zeros(1))], 1e-3, options)
+        optim.build(name, optim.parameter_groups(torch.nn.Linear(1, 1), 0.0), 1e-3, options)
     except (ValueError, TypeError) as error:
         raise UserError(f"--options of {name}: {error}") from None
 

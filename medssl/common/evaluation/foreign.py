@@ -35,6 +35,8 @@ def read(path):
 def line_up(found, dataset, path, note):
     """The features in the order of the data set, (N, D)."""
     features, count = found["features"], len(dataset)
+    if "files" in found and "rows" not in found and dataset.names is None:
+        raise UserError(f"{path}: names files, and {dataset.name} has no file names: give rows, their row numbers")
     if "files" in found and dataset.names is not None:
         place = {str(name): row for row, name in enumerate(found["files"])}
         wanted = [str(name) for name in dataset.names]

@@ -216,13 +216,21 @@ def by_grader(fit):
 
 def by_linear_segmenter(fit):
     network, views = start(fit)
-    head = readouts.LinearHead(network.widths, network.strides, fit.classes)
-    return trained(fit, segmenter(fit, network, views, head))
+    head, loss = readouts.LinearHead(network.widths, network.strides, fit.classes), fit.study.settings.loss or "dice"
+    weights = fit.class_weights(loss == "balanced")
+    return trained(fit, readouts.Segmenter(network, views, head, fit.classes, loss, weights))
 
 
 def by_unet(fit):
+    """Beside Dice, cross-entropy weighs classes by the root of balanced weights, and the last layer prefers none. With
+    every pixel alike, a network that knows nothing yet is told twenty times as loudly to leave a class of 2 % alone as
+    to find it; once its shares are near 0 both gradients are, and it stays unseen. A linear head on features that stay
+    gains nothing from it."""
     network, views = start(fit)
-    return trained(fit, segmenter(fit, network, views, decoder_for(fit, network)))
+    head, loss = decoder_for(fit, network), fit.study.settings.loss or "dice"
+    torch.nn.init.zeros_(head.out.bias)
+    weights = fit.class_weights(True).sqrt() if loss == "dice" else fit.class_weights(loss == "balanced")
+    return trained(fit, readouts.Segmenter(network, views, head, fit.classes, loss, weights))
 
 
 def start(fit):
@@ -230,16 +238,6 @@ def start(fit):
     network = fit.model.fresh(fit.study, fit.seed)
     torch.manual_seed(fit.seed)
     return network, augment.build(fit.cell.augment, fit.study.dataset.images.shape[2])
-
-
-def segmenter(fit, network, views, head):
-    """Beside Dice, cross-entropy weighs classes by the root of balanced weights, and the last layer prefers none. With
-    every pixel alike, a network that knows nothing yet is told twenty times as loudly to leave a class of 2 % alone as
-    to find it; once its shares are near 0 both gradients are, and it stays unseen."""
-    loss = fit.study.settings.loss or "dice"
-    torch.nn.init.zeros_(head.out.bias)
-    weights = fit.class_weights(True).sqrt() if loss == "dice" else fit.class_weights(loss == "balanced")
-    return readouts.Segmenter(network, views, head, fit.classes, loss, weights)
 
 
 def trained(fit, method):
