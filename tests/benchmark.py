@@ -56,7 +56,8 @@ def speed(args):
     method, dataset = build(args), pictures(4 * args.batch, args)
     device = loop.processes(args.device)[2]
     total = (args.steps + 2) * args.rounds
-    config = loop.Config(steps=total, batch=args.batch, lr=1e-3, device=args.device, amp=args.amp, compile=args.compile, log_every=10 ** 6)
+    config = loop.Config(steps=total, batch=args.batch, lr=1e-3, device=args.device, amp=args.amp, compile=args.compile,
+                         log_every=10 ** 6)
     running = loop.fit(method, dataset, config)
     next(running)                                                           # moves the method to the device, warms up
     dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
@@ -105,7 +106,8 @@ def memory(args):
             for i in range(0, count, 500):
                 images[i:i + 500] = generator.integers(0, 256, (500, 1, args.size, args.size), np.uint8)
             del images
-            dataset = SimpleNamespace(name="file", images=np.load(path, mmap_mode="r"), labels=None, masks=None, groups=None)
+            dataset = SimpleNamespace(name="file", images=np.load(path, mmap_mode="r"), labels=None, masks=None,
+                                      groups=None)
             args.encoder = "tiny"
             config = loop.Config(steps=count // args.batch, batch=args.batch, lr=1e-3, device="cpu", log_every=10 ** 6)
             for _ in loop.fit(build(args), dataset, config):

@@ -23,7 +23,7 @@ def batch(count=8, channels=1, size=64, seed=0):
 
 
 class Flip:
-    """The smallest augmentation that keeps to the contract: flips and brightness, per sample, with geometry on request."""
+    """The smallest augmentation that keeps to the contract: flips and brightness of each image."""
 
     def __call__(self, images, geometry=False):
         flip = torch.rand(len(images), device=images.device) < 0.5
