@@ -3,8 +3,9 @@
     python tests/benchmark.py --method simclr --encoder resnet18 --size 96 --batch 64
     python tests/benchmark.py --memory          does memory grow with the number of images held in a file?
 
-`network`: forward and backward of the method on fixed random views, without views, optimiser, data or logging. `loop`: train.py's whole loop on
-random images. Both are timed in turns, several times, and the medians are compared, since machines are noisy.
+`network`: forward and backward of the method on fixed random views, without views, optimiser, data or logging. `loop`:
+train.py's whole loop on random images. Both are timed in turns, several times, and the medians are compared, since
+machines are noisy.
 """
 
 import argparse
@@ -90,9 +91,10 @@ def speed(args):
             rates[name].append(args.steps * args.batch / (time.perf_counter() - start))
     median = {name: statistics.median(values) for name, values in rates.items()}
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else status("VmHWM") / 2**20
-    print(f"{args.method}, {args.encoder}, {args.channels}x{args.size}x{args.size}, batch {args.batch}, amp {args.amp}, {device}, {torch.get_num_threads()} threads")
-    print(f"network {median['network']:.1f} images/s, loop {median['loop']:.1f} images/s, ratio {median['loop'] / median['network']:.3f}; "
-          f"views alone {median['views']:.0f} images/s; peak memory {peak:.2f} GiB")
+    print(f"{args.method}, {args.encoder}, {args.channels}x{args.size}x{args.size}, batch {args.batch}, "
+          f"amp {args.amp}, {device}, {torch.get_num_threads()} threads")
+    print(f"network {median['network']:.1f} images/s, loop {median['loop']:.1f} images/s, "
+          f"ratio {median['loop'] / median['network']:.3f}; views alone {median['views']:.0f} images/s; peak memory {peak:.2f} GiB")
     print("rounds: " + "; ".join(f"{name} " + " ".join(f"{v:.1f}" for v in values) for name, values in rates.items()))
 
 
@@ -112,7 +114,8 @@ def memory(args):
             config = loop.Config(steps=count // args.batch, batch=args.batch, lr=1e-3, device="cpu", log_every=10 ** 6)
             for _ in loop.fit(build(args), dataset, config):
                 pass
-            print(f"{count} images ({count * args.size ** 2 / 2**20:.0f} MiB): RssAnon {status('RssAnon') / 1024:.0f} MiB, RssFile {status('RssFile') / 1024:.0f} MiB")
+            print(f"{count} images ({count * args.size ** 2 / 2**20:.0f} MiB): "
+                  f"RssAnon {status('RssAnon') / 1024:.0f} MiB, RssFile {status('RssFile') / 1024:.0f} MiB")
             del dataset
 
 
