@@ -1,10 +1,10 @@
 """Pretrain an encoder on medical images without labels.
 
     python train.py                                                     built-in images, two minutes on two CPU cores
-    python train.py --data FOLDER                                       your images, at most half an hour
-    python train.py --method spark --data FOLDER --preset paper --encoder resnet50 --amp bf16 --set mask_ratio=0.75
+    python train.py --method simclr --data FOLDER                       yours: minutes, a small network
+    python train.py --method spark --data FOLDER --preset paper --amp bf16 --set mask_ratio=0.75
     python train.py --method rotation+simclr --data FOLDER              several methods at once
-    torchrun --nproc_per_node 8 train.py --method moco --data FOLDER --out runs/NAME    several GPUs
+    torchrun --nproc_per_node 8 train.py --method moco --data FOLDER --out runs/NAME
     python train.py --resume --out runs/NAME                            go on where a run was stopped
 
 Leaves in the run's folder: config.json, log.jsonl, checkpoint.pt, encoder.pt and pictures. `--set` changes any

@@ -12,7 +12,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 ROOMS = {"methods": "medssl/*.py", "common": "medssl/common/*.py", "data": "medssl/common/data/*.py",
-         "evaluation": "medssl/common/evaluation/*.py", "scripts": "*.py", "tests": "tests/*.py"}
+         "evaluation": "medssl/common/evaluation/*.py", "portraits": "medssl/common/portraits/*.py",
+         "scripts": "*.py", "tests": "tests/*.py"}
 
 
 def code_lines(text):

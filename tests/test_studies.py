@@ -17,7 +17,8 @@ from medssl import METHODS
 from medssl.common import cli, files, settings
 from medssl.common.errors import UserError
 from medssl.common.evaluation import commands, findings, plan, protocols, studies
-from medssl.common.evaluation.protocols import CLAIMS, STUDIES, Effect, Evaluation, Given, Protocol, Run
+from medssl.common.evaluation.claims import CLAIMS, Effect, Evaluation, Given, Protocol, Run
+from medssl.common.evaluation.protocols import STUDIES
 from medssl.common.evaluation.study import Settings
 from tests.common import batch
 
@@ -195,9 +196,7 @@ def test_all_words_of_a_study_are_known_to_the_scripts(name, tmp_path):
 
 
 def check_run(args):
-    """None switches a part off, whatever the kind of its default."""
-    pairs = [pair for pair in args.set if not pair.endswith("=None")]
-    settings.parts_of(METHODS, [args.method], pairs, args.views)
+    settings.parts_of(METHODS, [args.method], args.set, args.views)
     words = set(inspect.signature(METHODS[args.method]).parameters)
     assert set(cli.read_settings(args.set)) - {"decoder.skips"} <= words
 

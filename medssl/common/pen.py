@@ -93,13 +93,35 @@ class Canvas:
         shape = self.draw.rectangle if square else self.draw.ellipse
         shape([(v + side * radius) * SCALE for side in (-1, 1) for v in (x, y)], fill=colour)
 
-    def paste(self, picture, x, y):
-        enlarged = picture.resize([side * SCALE for side in picture.size], Image.NEAREST)
-        self.image.paste(enlarged, (round(x) * SCALE, round(y) * SCALE))
+    def frame(self, x0, y0, x1, y1, colour, width=2):
+        """The edge of a box."""
+        self.line([(x0, y0), (x1, y0), (x1, y1), (x0, y1), (x0, y0), (x1, y0)], colour, width)
+
+    def paste(self, picture, x, y, width=None):
+        """With its corner at (x, y); as wide as it is, or enlarged or reduced to `width`."""
+        factor = SCALE * (width or picture.width) / picture.width
+        size = [max(1, round(side * factor)) for side in picture.size]
+        picture = picture.resize(size, Image.NEAREST if factor >= 1 else Image.BOX)
+        self.image.paste(picture, (round(x) * SCALE, round(y) * SCALE))
 
     def save(self, path):
         with whole(path) as temporary:
             self.image.reduce(SCALE).save(temporary, format="PNG")
+
+
+def few_colours(path, greys=40, colours=160):
+    """The same picture in so many greys and colours: a third of the bytes, for pages that are kept."""
+    with Image.open(path) as picture:
+        picture = picture.convert("RGB")
+    pixels = np.asarray(picture).reshape(-1, 3)                             # (n, 3)
+    bright = pixels[np.ptp(pixels, axis=1) > 8]                             # those that are no greys
+    palette = np.repeat(np.linspace(0, 255, greys).round().astype(int), 3).tolist()
+    if len(bright):
+        palette += Image.fromarray(bright[None]).quantize(colours).getpalette()[:3 * colours]
+    sample = Image.new("P", (1, 1))
+    sample.putpalette(palette)
+    with whole(path) as temporary:
+        picture.quantize(palette=sample, dither=Image.Dither.NONE).save(temporary, format="PNG", optimize=True)
 
 
 def runs(good):

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import files, metrics, plots
-from .protocols import CLAIMS
+from .claims import CLAIMS
 from .report import describe, number
 from .study import Cell
 from .tasks import SPEED, TASKS, WORDS
@@ -165,8 +165,9 @@ def measures(found):
     rare = f"recall {found.given.rare}"
     for part, cell in dict.fromkeys((fit.part, fit.cell) for fit in found.fits):
         names = {name for fit in found.fits if (fit.part, fit.cell) == (part, cell) for name in fit.scores}
-        yield from ((part, cell, name) for name in (*SHOWN, rare) if name in names
-                    and (name != rare or cell.imbalance))
+        names -= set(SPEED) if TASKS[cell.task].frozen else set()           # how fast is asked of what is trained whole
+        names -= set() if cell.imbalance else {rare}
+        yield from ((part, cell, name) for name in (*SHOWN, rare) if name in names)
 
 
 def cell_words(cell):
@@ -285,4 +286,4 @@ def write(found, study, line, protocol):
         temporary.write_text(text)
     files.write_json(found.folder / "verdicts.json", {"study": study, "seeds": found.given.seeds, **told})
     print(f"\n{text}")
-    return draw(found, f"{study}: {found.given.data}")
+    return draw(found, f"{study}: {Path(found.given.data).name}")              # no path in a picture

@@ -26,8 +26,9 @@ from .. import augment, cli, data, files, presets
 from ..data.layouts import find
 from ..errors import UserError
 from . import commands, findings
+from .claims import CLAIMS, Evaluation, Given, Run
 from .commands import Command, Work, held, minutes
-from .protocols import CLAIMS, LOOKS, STUDIES, VIEWED, Evaluation, Given, Run
+from .protocols import LOOKS, STUDIES, VIEWED
 from .study import Where, describe
 from .subsets import find_target
 from .tasks import TASKS
