@@ -94,7 +94,8 @@ def speed(args):
     print(f"{args.method}, {args.encoder}, {args.channels}x{args.size}x{args.size}, batch {args.batch}, "
           f"amp {args.amp}, {device}, {torch.get_num_threads()} threads")
     print(f"network {median['network']:.1f} images/s, loop {median['loop']:.1f} images/s, "
-          f"ratio {median['loop'] / median['network']:.3f}; views alone {median['views']:.0f} images/s; peak memory {peak:.2f} GiB")
+          f"ratio {median['loop'] / median['network']:.3f}; views alone {median['views']:.0f} images/s; "
+          f"peak memory {peak:.2f} GiB")
     print("rounds: " + "; ".join(f"{name} " + " ".join(f"{v:.1f}" for v in values) for name, values in rates.items()))
 
 
