@@ -3,8 +3,9 @@
     python tests/benchmark.py --method simclr --encoder resnet18 --size 96 --batch 64
     python tests/benchmark.py --memory          does memory grow with the number of images held in a file?
 
-`network`: forward and backward of the method on fixed random views, without views, optimiser, data or logging. `loop`: train.py's whole loop on
-random images. Both are timed in turns, several times, and the medians are compared, since machines are noisy.
+`network`: forward and backward of the method on fixed random views, without views, optimiser, data or logging. `loop`:
+train.py's whole loop on random images. Both are timed in turns, several times, and the medians are compared, since
+machines are noisy.
 """
 
 import argparse
@@ -19,8 +20,8 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from medssl import METHODS                                                  # noqa: E402
-from medssl.common import encoders, feed, loop, settings                    # noqa: E402
+from medssl import METHODS
+from medssl.common import encoders, feed, loop, settings
 
 
 def main():
@@ -56,7 +57,8 @@ def speed(args):
     method, dataset = build(args), pictures(4 * args.batch, args)
     device = loop.processes(args.device)[2]
     total = (args.steps + 2) * args.rounds
-    config = loop.Config(steps=total, batch=args.batch, lr=1e-3, device=args.device, amp=args.amp, compile=args.compile, log_every=10 ** 6)
+    config = loop.Config(steps=total, batch=args.batch, lr=1e-3, device=args.device, amp=args.amp, compile=args.compile,
+                         log_every=10 ** 6)
     running = loop.fit(method, dataset, config)
     next(running)                                                           # moves the method to the device, warms up
     dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
@@ -89,9 +91,11 @@ def speed(args):
             rates[name].append(args.steps * args.batch / (time.perf_counter() - start))
     median = {name: statistics.median(values) for name, values in rates.items()}
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else status("VmHWM") / 2**20
-    print(f"{args.method}, {args.encoder}, {args.channels}x{args.size}x{args.size}, batch {args.batch}, amp {args.amp}, {device}, {torch.get_num_threads()} threads")
-    print(f"network {median['network']:.1f} images/s, loop {median['loop']:.1f} images/s, ratio {median['loop'] / median['network']:.3f}; "
-          f"views alone {median['views']:.0f} images/s; peak memory {peak:.2f} GiB")
+    print(f"{args.method}, {args.encoder}, {args.channels}x{args.size}x{args.size}, batch {args.batch}, "
+          f"amp {args.amp}, {device}, {torch.get_num_threads()} threads")
+    print(f"network {median['network']:.1f} images/s, loop {median['loop']:.1f} images/s, "
+          f"ratio {median['loop'] / median['network']:.3f}; views alone {median['views']:.0f} images/s; "
+          f"peak memory {peak:.2f} GiB")
     print("rounds: " + "; ".join(f"{name} " + " ".join(f"{v:.1f}" for v in values) for name, values in rates.items()))
 
 
@@ -105,12 +109,14 @@ def memory(args):
             for i in range(0, count, 500):
                 images[i:i + 500] = generator.integers(0, 256, (500, 1, args.size, args.size), np.uint8)
             del images
-            dataset = SimpleNamespace(name="file", images=np.load(path, mmap_mode="r"), labels=None, masks=None, groups=None)
+            dataset = SimpleNamespace(name="file", images=np.load(path, mmap_mode="r"), labels=None, masks=None,
+                                      groups=None)
             args.encoder = "tiny"
             config = loop.Config(steps=count // args.batch, batch=args.batch, lr=1e-3, device="cpu", log_every=10 ** 6)
             for _ in loop.fit(build(args), dataset, config):
                 pass
-            print(f"{count} images ({count * args.size ** 2 / 2**20:.0f} MiB): RssAnon {status('RssAnon') / 1024:.0f} MiB, RssFile {status('RssFile') / 1024:.0f} MiB")
+            print(f"{count} images ({count * args.size ** 2 / 2**20:.0f} MiB): "
+                  f"RssAnon {status('RssAnon') / 1024:.0f} MiB, RssFile {status('RssFile') / 1024:.0f} MiB")
             del dataset
 
 

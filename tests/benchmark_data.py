@@ -22,8 +22,8 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from medssl.common import data  # noqa: E402
-from medssl.common.data import decode  # noqa: E402
+from medssl.common import data
+from medssl.common.data import decode
 
 SIZE = 128
 

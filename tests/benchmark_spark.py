@@ -114,7 +114,7 @@ def main():
                     seconds[v].append(clock() - start)
         for v in variants:
             ratio = statistics.median(a / b for a, b in zip(seconds[v], seconds["dense"]))
-            mib, dense = space[v, *row], space["dense", *row]
+            mib, dense = space[(v, *row)], space[("dense", *row)]
             print(f"| {name} | {size} | {'bf16' if autocast else 'fp32'} | {v} "
                   f"| {1e3 * statistics.median(seconds[v]):.0f} | {ratio:.2f} "
                   f"| {mib:.0f} | {mib / dense:.2f} |", flush=True)

@@ -7,10 +7,12 @@ import torch
 
 from medssl.common import encoders
 
+TINY = encoders.BasicBlock, (1, 1, 1, 1), 8
 
-def tiny_encoder(channels=1, stem="default", width=8):
+
+def tiny_encoder(channels=1, stem="default", width=8, stages=4):
     """One block a stage: a real ResNet, only narrow and shallow."""
-    return encoders.ResNet(encoders.BasicBlock, (1, 1, 1, 1), width, channels, stem)
+    return encoders.ResNet(encoders.BasicBlock, (1,) * stages, width, channels, stem)
 
 
 def batch(count=8, channels=1, size=64, seed=0):
@@ -21,7 +23,7 @@ def batch(count=8, channels=1, size=64, seed=0):
 
 
 class Flip:
-    """The smallest augmentation that keeps to the contract: flips and brightness, per sample, with geometry on request."""
+    """The smallest augmentation that keeps to the contract: flips and brightness of each image."""
 
     def __call__(self, images, geometry=False):
         flip = torch.rand(len(images), device=images.device) < 0.5

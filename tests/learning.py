@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from medssl import METHODS                                                  # noqa: E402
-from medssl.common import encoders, feed, loop, metrics, settings            # noqa: E402
-from medssl.common.data import phantoms                                     # noqa: E402
+from medssl import METHODS
+from medssl.common import encoders, feed, loop, metrics, settings
+from medssl.common.data import phantoms
 
 SIZE, BATCH = 64, 32
 WANTED = "steps, words of its constructor, what is measured, whether it has to be above or below, the level"

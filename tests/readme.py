@@ -1,9 +1,9 @@
-"""Runs what the README shows, in an empty folder: the run command (shortened), and the example that copies one method file.
+"""Runs what the README shows, in an empty folder: the run command (shortened), and the examples.
 
     python tests/readme.py
 
-The commands are taken from README.md itself, so that it cannot rot. Where torchvision is not installed, the example's encoder is this
-project's ResNet-18 with the same parameter names.
+The commands are taken from README.md itself, so that it cannot rot. Where torchvision is not installed, the example's
+encoder is this project's ResNet-18 with the same parameter names.
 """
 
 import os
@@ -51,9 +51,11 @@ def copy_one_file(folder):
         import torchvision  # noqa: F401
     except ImportError:
         print("torchvision is not installed: the example runs with this project's ResNet-18")
-        code = code.replace("import torch, torchvision", f"import sys, torch\nsys.path.append({str(ROOT)!r})\nfrom medssl.common import encoders")
+        code = code.replace("import torch, torchvision",
+                            f"import sys, torch\nsys.path.append({str(ROOT)!r})\nfrom medssl.common import encoders")
         code = code.replace("torchvision.models.resnet18()", "encoders.build('resnet18', 3)")
-    (Path(folder) / "example.py").write_text(code + "\nassert out['loss'].isfinite(); print('loss', float(out['loss']))\n")
+    code += "\nassert out['loss'].isfinite(); print('loss', float(out['loss']))\n"
+    (Path(folder) / "example.py").write_text(code)
     print(run([sys.executable, "example.py"], folder))
 
 
@@ -64,7 +66,8 @@ def copy_with_maps(folder):
     except ImportError:
         print("torchvision is not installed: the example with maps was not run")
         return
-    (Path(folder) / "example.py").write_text(block("maps") + "\nout['loss'].backward(); print('loss', float(out['loss']))\n")
+    (Path(folder) / "example.py").write_text(block("maps")
+                                             + "\nout['loss'].backward(); print('loss', float(out['loss']))\n")
     print(run([sys.executable, "example.py"], folder))
 
 

@@ -174,6 +174,8 @@ def test_a_flip_and_a_quarter_turn_are_exact():
     turned = augment.Augment(32, quarter_turn=1.0)(x)
     for view, image in zip(turned, x, strict=True):
         assert min((view - image.rot90(k, (1, 2))).abs().max() for k in (1, 2, 3)) < 1e-4
+    theta = augment.Augment(32, quarter_turn=1.0)(x[:1].expand(60, -1, -1, -1), geometry=True)[1]
+    assert {tuple(turn) for turn in theta[:, 0, :2].round().int().tolist()} == {(0, 1), (0, -1), (-1, 0)}   # all three
 
 
 def test_a_turn_is_rigid_in_pixels_on_oblong_images():
@@ -215,6 +217,7 @@ def test_jitter_by_hand():
     values = augment.Augment(4, brightness=0.5)(one.expand(2000, -1, -1, -1))[:, 0, 0, 0] / one[0, 0, 0, 0]
     assert 0.5 <= values.min() and abs(values.min() - 0.5) < 0.01
     assert one[0, 0, 0, 0] * 1.5 >= values.max() * one[0, 0, 0, 0]
+    assert augment.Augment(4, brightness=0.5)(torch.full((50, 1, 4, 4), 0.9)).max() == 1        # nothing beyond white
     torch.manual_seed(0)
     pixels = torch.rand(50, 3, 1, 1)
     pixels[0] = 0.5                                                         # gray has no hue
@@ -282,6 +285,8 @@ def test_zoom_shift_and_rotation_have_their_ranges():
 def test_crops_of_oblong_images_keep_the_ratio_in_pixels():
     _, theta = augment.Augment(8, crop=(0.2, 0.4), ratio=(1.0, 1.0))(torch.zeros(50, 1, 16, 32), geometry=True)
     assert torch.allclose(theta[:, 0, 0] * 32, theta[:, 1, 1] * 16)
+    _, theta = augment.Augment(8, crop=(0.1, 0.2), ratio=(2.0, 2.0))(torch.zeros(50, 1, 16, 16), geometry=True)
+    assert torch.allclose(theta[:, 0, 0], 2 * theta[:, 1, 1])               # width : height
 
 
 @pytest.mark.parametrize("words", [

@@ -60,7 +60,7 @@ def test_class_folders_and_pixels(tmp_path):
     np.testing.assert_allclose([*dataset.mean, *dataset.std], wanted, rtol=1e-5)
     by_folder = data.load(tmp_path / "set", group_by="parent")              # the folders are patients, not classes
     assert by_folder.labels is None and by_folder.groups.tolist() == [0, 0, 0, 1, 1, 1]
-    assert data.load(tmp_path / "set", group_by=r"(\d)\.png").groups.tolist() == [0, 1, 2, 0, 1, 2]
+    assert data.load(tmp_path / "set", group_by=r"[ab]/(\d)").groups.tolist() == [0, 1, 2, 0, 1, 2]
     refused(["6 of 6", "a/0.png"], tmp_path / "set", group_by="patient")
 
 
@@ -81,6 +81,8 @@ def test_channels_and_bits_stay(tmp_path, channels, dtype):
     dataset = data.load(tmp_path / "set")
     assert dataset.images.dtype == dtype and dataset.images.shape == (1, channels, 32, 32)
     np.testing.assert_array_equal(dataset.images[0], image[None] if channels == 1 else image.transpose(2, 0, 1))
+    smaller = data.load(tmp_path / "set", size=16)
+    assert smaller.images.dtype == dtype and abs(smaller.images.mean() / image.mean() - 1) < 0.05
     other = data.load(tmp_path / "set", channels=4 - channels)
     assert other.images.shape[1] == 4 - channels and other.images.dtype == dtype
     luminance = image if channels == 1 else np.rint(image @ np.array([0.299, 0.587, 0.114]))
@@ -352,6 +354,10 @@ def test_dedupe(tmp_path):
     for hash in hashes:
         distance = min(bin(int(hash) ^ int(other)).count("1") for other in hashes[:20])
         assert copies.is_near(hash, list(hashes[:20])) == (distance <= copies.NEAR)
+    seen = copies.Copies()
+    kinds = [seen.kind(*each) for each in ((1, hashes[0], "a"), (2, hashes[0], "b"), (3, hashes[0], "a"),
+                                           (2, hashes[1], "c"), (4, hashes[0], ""), (5, hashes[0], ""))]
+    assert kinds == [None, None, "near", "copies", None, None]              # other patients may look alike
     some = np.uint64(2 ** 40 + 5)
     assert copies.is_near(some, [some ^ np.uint64(63)]) and not copies.is_near(some, [some ^ np.uint64(127)])
     image = pixels(3)

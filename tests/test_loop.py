@@ -245,6 +245,7 @@ def test_after_step_once_a_step_and_records():
 
 
 def test_every_image_is_seen_once_a_pass_and_order_depends_on_the_seed():
+    assert all(len(feed.batch_order(20, 6, step, seed=3)) == 6 for step in range(9))
     order = np.concatenate([feed.batch_order(20, 6, step, seed=3) for step in range(3)])
     assert len(set(order.tolist())) == 18                                   # the tail of two is left out of this pass
     # the next pass differs
@@ -305,9 +306,11 @@ def test_targets_reach_the_views():
     class Labelled(Reconstruct):
         def views(self, images, labels, groups, masks):
             assert masks is None and torch.equal(groups, labels // 2)
+            assert torch.allclose(images.mean((1, 2, 3)) * 255, 10.0 * labels)              # each image has its own
             return (images,)
     dataset = pictures()
     dataset.labels = np.arange(24)
+    dataset.images[:] = 10 * dataset.labels.reshape(-1, 1, 1, 1)
     run(Labelled(Plain()), config(), dataset)
 
 
@@ -453,6 +456,26 @@ def test_the_exported_encoder_is_saved(tmp_path):
         saved = torch.load(tmp_path / name, weights_only=True)["conv1.weight"]
         assert torch.equal(saved, method.target_encoder.conv1.weight)
         assert not torch.equal(saved, method.encoder.conv1.weight)
+
+
+def test_each_step_takes_its_own_gradient_in_training_mode():
+    """Plain gradient descent by hand, with a method that is handed over in evaluation mode."""
+    class Notes(Reconstruct):
+        def views(self, images):
+            self.seen.append(images.clone())
+            return (images,)
+
+        def forward(self, x):
+            assert self.training and self.encoder.training
+            return super().forward(x)
+    method = Notes(Plain()).eval()
+    other = copy.deepcopy(method.encoder)
+    records = run(method, config(options={"momentum": 0.0}, lr=1.0))
+    for x, record in zip(method.seen, records, strict=True):
+        loss = (other(x).mean(1) - x.mean((1, 2, 3))).square().mean()
+        for p, gradient in zip(other.parameters(), torch.autograd.grad(loss, list(other.parameters()))):
+            p.data -= record["lr"] * gradient
+    torch.testing.assert_close(method.encoder.state_dict(), other.state_dict())
 
 
 def test_after_step_meets_the_new_weights():

@@ -132,7 +132,10 @@ def test_same_patient_is_skipped():
     model.queue_groups[:6] = 2
     views = model.views(batch(4), torch.tensor([2, 2, 1, -1]))
     chance = (2 * math.log(19) + 2 * math.log(25)) / 4
-    assert model(*views)["chance"].item() == pytest.approx(chance, abs=1e-5)
+    out = model(*views)
+    assert out["chance"].item() == pytest.approx(chance, abs=1e-5)
+    model.after_step([{"keys": out["keys"], "groups": out["groups"]}], 1.0)
+    assert model.queue_groups[:6].tolist() == [2, 2, 1, -1, 2, 2]           # those of the new keys, then as before
     assert method()(*views)["chance"].item() == pytest.approx(math.log(25), abs=1e-5)
     assert model.views(batch(4))[3].tolist() == [-1] * 4                                    # a set without patients
 

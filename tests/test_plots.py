@@ -188,5 +188,6 @@ def test_overlays(tmp_path):
     sheets.overlays(torch.zeros(1, 1, 64, 64), masks, ("none", "a", "b"), ["worst: Dice 0"], tmp_path / "o.png")
     picture = pixels(tmp_path / "o.png")[:-60]                              # without the legend
     truth, guess = (np.argwhere(coloured(picture, sheets.mask_colour(number), 0)) for number in (1, 2))
-    assert len(truth) == len(guess) == 4 * 79                               # outlines of 80 x 80 pixels: enlarged four times
-    assert guess.mean(0)[1] - truth.mean(0)[1] == pytest.approx(120, abs=1) and guess.mean(0)[0] > truth.mean(0)[0] + 256
+    assert len(truth) == len(guess) == 4 * 79                               # outlines of 80 x 80 pixels
+    assert guess.mean(0)[1] - truth.mean(0)[1] == pytest.approx(120, abs=1)
+    assert guess.mean(0)[0] > truth.mean(0)[0] + 256

@@ -73,6 +73,11 @@ def test_shuffle_puts_tile_order_t_at_place_t():
     assert torch.equal(shuffle(tiles, order).flatten(1).long(), order)
 
 
+def test_a_turn_is_counter_clockwise():
+    image = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).expand(2, 1, 2, 2)
+    assert rotate(image, torch.tensor([1, 2]))[:, 0].tolist() == [[[2, 4], [1, 3]], [[4, 3], [2, 1]]]
+
+
 def test_turning_1_is_left_right_and_2_is_up_down():
     tile = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).expand(1, 3, 1, 2, 2)
     _, across, down = turn_over(tile, torch.tensor([[0, 1, 2]]))[0, :, 0]

@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
-from medssl import METHODS
 import evaluate
 import train
+from medssl import METHODS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

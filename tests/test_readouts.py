@@ -1,4 +1,5 @@
-"""Read-outs against brute force and cases done by hand: kNN, the linear probe, losses, freezing, selection, and the rows that may be learned from."""
+"""Read-outs against brute force and cases done by hand: kNN, the linear probe, losses, freezing, selection, and the
+rows that may be learned from."""
 
 import math
 
@@ -9,11 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from medssl.common import augment, feed, loop, metrics, unet
+from medssl.common.data import Dataset
 from medssl.common.errors import UserError
 from medssl.common.evaluation import readouts, scores, subsets, tasks
-from medssl.common.evaluation.study import Settings, Study
+from medssl.common.evaluation.study import Model, Settings, Study
 from medssl.common.features import extract, knn, set_statistics
-from medssl.common.data import Dataset
 from tests.common import batch, tiny_encoder
 
 
@@ -46,7 +47,8 @@ def test_knn_is_brute_force():
 
 
 def test_logistic_regression_by_hand():
-    """Two points at -1 and 1: the weight difference d solves l2 d = 2 sigmoid(-d); and every solution has no gradient left."""
+    """Two points at -1 and 1: the weight difference d solves l2 d = 2 sigmoid(-d); and every solution has no gradient
+    left."""
     x, y = torch.tensor([[-1.0], [1.0]], dtype=torch.float64), torch.tensor([0, 1])
     weights = readouts.logistic(x, y, 2, 0.3)
     gap = (weights[0, 1] - weights[0, 0]).item()
@@ -55,15 +57,18 @@ def test_logistic_regression_by_hand():
     x, y = torch.randn(40, 3, generator=generator, dtype=torch.float64), torch.randint(3, (40,), generator=generator)
     weights = readouts.logistic(x, y, 3, 0.05)
     wrong = (readouts.affine(x, weights).softmax(1) - nn.functional.one_hot(y, 3)) / 40
-    torch.testing.assert_close(x.T @ wrong + 0.05 * weights[:-1], torch.zeros(3, 3, dtype=torch.float64), atol=1e-5, rtol=0)
+    torch.testing.assert_close(x.T @ wrong + 0.05 * weights[:-1], torch.zeros(3, 3, dtype=torch.float64), atol=1e-5,
+                               rtol=0)
     assert wrong.sum(0).abs().max() < 1e-5
-    doubled = readouts.logistic(torch.cat([x, x[y == 2]]), torch.cat([y, y[y == 2]]), 3, 0.05)              # a weight is a repetition
+    # a weight is a repetition
+    doubled = readouts.logistic(torch.cat([x, x[y == 2]]), torch.cat([y, y[y == 2]]), 3, 0.05)
     weighted = readouts.logistic(x, y, 3, 0.05, torch.tensor([1.0, 1.0, 2.0], dtype=torch.float64))
     torch.testing.assert_close(weighted, doubled, atol=1e-4, rtol=0)
 
 
 def test_linear_probe_chooses_on_validation(monkeypatch):
-    """One feature tells the classes, 40 are noise that 40 training images can be learnt by heart with: a weak penalty overfits."""
+    """One feature tells the classes, 40 are noise that 40 training images can be learnt by heart with: a weak penalty
+    overfits."""
     labels, train, val, test = np.arange(1040) % 2, np.arange(40), np.arange(40, 540), np.arange(540, 1040)
     features = torch.randn(1040, 41, generator=torch.Generator().manual_seed(0))
     features[:, 0] += 2.0 * torch.tensor(labels)
@@ -75,8 +80,10 @@ def test_linear_probe_chooses_on_validation(monkeypatch):
         monkeypatch.setattr(readouts, "L2_GRID", (l2,))
         alone, scores[l2] = readouts.linear_probe(features, labels, train, val, 2)
     scores = {l2: found["validation"] for l2, found in scores.items()}
-    assert chosen["validation"] > scores[1e-5] and chosen["validation"] == pytest.approx(max(scores.values()), abs=0.005)
-    assert metrics.balanced_accuracy(labels[test], predict(test).argmax(1)) > metrics.balanced_accuracy(labels[test], alone(test).argmax(1))
+    assert chosen["validation"] > scores[1e-5]
+    assert chosen["validation"] == pytest.approx(max(scores.values()), abs=0.005)
+    ours, weakest = (metrics.balanced_accuracy(labels[test], each(test).argmax(1)) for each in (predict, alone))
+    assert ours > weakest
 
 
 def test_extraction_changes_nothing():
@@ -85,7 +92,8 @@ def test_extraction_changes_nothing():
     features = extract(encoder, data.images, np.arange(24), torch.device("cpu"), size=10)
     assert encoder.training and readouts.fingerprint(encoder) == before and features.shape == (24, encoder.dim)
     whole = extract(encoder, data.images, np.arange(24), torch.device("cpu"))
-    torch.testing.assert_close(features, whole)                             # in evaluation mode the batch does not matter
+    # in evaluation mode the batch does not matter
+    torch.testing.assert_close(features, whole)
     encoder.bn1.running_mean += 1e-3
     assert readouts.fingerprint(encoder) != before
 
@@ -103,8 +111,10 @@ def test_losses_by_hand():
     assert readouts.soft_dice(shares.log(), targets).item() == pytest.approx(1 - dice + entropy)
     assert readouts.LOSSES["ce"](shares.log(), targets).item() == pytest.approx(entropy)
     weighted = -(math.log(0.8) + 3 * math.log(0.6)) / 4
-    assert readouts.LOSSES["balanced"](shares.log(), targets, torch.tensor([1.0, 3.0, 9.0]).double()).item() == pytest.approx(weighted)
-    assert readouts.balanced_weights([30, 10, 0]).tolist() == pytest.approx([40 / 60, 2, 0])                # 30 * 2/3 = 10 * 2
+    balanced = readouts.LOSSES["balanced"](shares.log(), targets, torch.tensor([1.0, 3.0, 9.0]).double())
+    assert balanced.item() == pytest.approx(weighted)
+    # 30 * 2/3 = 10 * 2
+    assert readouts.balanced_weights([30, 10, 0]).tolist() == pytest.approx([40 / 60, 2, 0])
 
 
 def test_masks_take_the_way_of_the_images():
@@ -112,11 +122,13 @@ def test_masks_take_the_way_of_the_images():
     method = readouts.Segmenter(tiny_encoder(), augment.build("S2", 16), nn.Identity(), 2)
     torch.manual_seed(3)
     x, y = method.views(images, images[:, 0].byte())
-    assert torch.equal((x[:, 0] > 0.5).long(), y) and not torch.equal(x, images)                             # quarter turns only: exact
+    # quarter turns only: exact
+    assert torch.equal((x[:, 0] > 0.5).long(), y) and not torch.equal(x, images)
 
 
 def test_the_linear_head_is_linear():
-    maps = [torch.randn(2, width, side, side, generator=torch.Generator().manual_seed(width)) for width, side in ((4, 16), (8, 8), (16, 4))]
+    maps = [torch.randn(2, width, side, side, generator=torch.Generator().manual_seed(width))
+            for width, side in ((4, 16), (8, 8), (16, 4))]
     for strides, side in (((4, 8, 16), 16), ((2, 4, 8), 8)):
         head = readouts.LinearHead((4, 8, 16), strides, 3)
         head(maps)
@@ -132,7 +144,8 @@ def test_a_frozen_encoder_stays_as_it_is():
     data, encoder, modes = pictures(), tiny_encoder(), []
     encoder.register_forward_hook(lambda module, *_: modes.append(module.bn1.training))
     for method in (readouts.Classifier(encoder, augment.build("S1", 32), 2),
-                   readouts.Segmenter(encoder, augment.build("S1", 32), readouts.LinearHead(encoder.widths, encoder.strides, 2), 2)):
+                   readouts.Segmenter(encoder, augment.build("S1", 32),
+                                      readouts.LinearHead(encoder.widths, encoder.strides, 2), 2)):
         before, head = readouts.fingerprint(encoder), readouts.fingerprint(method.head)
         readouts.tune(method, data, np.arange(24), lambda m: 0.0, readouts.Training(config(), look=2, frozen_steps=4))
         assert readouts.fingerprint(encoder) == before and readouts.fingerprint(method.head) != head
@@ -152,10 +165,14 @@ def test_freeze_then_release_is_two_fits(monkeypatch):
     monkeypatch.setattr(loop, "fit", fit)
     method = readouts.Classifier(tiny_encoder(), augment.build("S1", 32), 2)
     before, drawn = readouts.fingerprint(method.encoder), np.linspace(1, 2, 24)
-    curve = readouts.tune(method, data, np.arange(24), lambda m: 0.0, readouts.Training(config(steps=5, seed=7), look=2, frozen_steps=2, weights=drawn, head_rate=10.0))
+    curve = readouts.tune(method, data, np.arange(24), lambda m: 0.0,
+                          readouts.Training(config(steps=5, seed=7), look=2, frozen_steps=2, weights=drawn,
+                                            head_rate=10.0))
     assert [step for step, _ in curve] == [0, 2, 4, 5]
-    assert [f[:4] for f in fits] == [(2, 14, False, {10.0}), (3, 15, True, {1.0, 10.0})] and all(f[4] is drawn for f in fits)
-    assert readouts.fingerprint(method.encoder) == before                   # the best score came first, while all was frozen
+    assert [f[:4] for f in fits] == [(2, 14, False, {10.0}), (3, 15, True, {1.0, 10.0})]
+    assert all(f[4] is drawn for f in fits)
+    # the best score came first, while all was frozen
+    assert readouts.fingerprint(method.encoder) == before
     readouts.tune(method, data, np.arange(24), counter(), readouts.Training(config(), look=2))
     assert readouts.fingerprint(method.encoder) != before
 
@@ -174,7 +191,8 @@ def test_the_best_weights_on_validation_remain():
         return next(scores)
     curve = readouts.tune(method, data, np.arange(24), score, readouts.Training(config(), look=1))
     assert curve == [(0, 0.9), (1, 0.2), (2, 0.7), (3, 0.7), (4, 0.1)]
-    assert readouts.fingerprint(method) == states[2]                        # the first of the best; not the untrained, which is no result
+    # the first of the best; not the untrained, which is no result
+    assert readouts.fingerprint(method) == states[2]
 
 
 def test_the_first_step_at_a_level():
@@ -186,7 +204,8 @@ def test_an_interrupted_fit_is_not_a_result(monkeypatch):
     original = loop.fit
     monkeypatch.setattr(loop, "fit", lambda *args: (record for _, record in zip(range(2), original(*args))))
     with pytest.raises(KeyboardInterrupt):
-        readouts.tune(readouts.Classifier(tiny_encoder(), augment.build("S0", 32), 2), pictures(), np.arange(24), lambda m: 0.0, readouts.Training(config(), look=1))
+        readouts.tune(readouts.Classifier(tiny_encoder(), augment.build("S0", 32), 2), pictures(), np.arange(24),
+                      lambda m: 0.0, readouts.Training(config(), look=1))
 
 
 def test_weights_balance_what_is_drawn():
@@ -198,7 +217,8 @@ def test_weights_balance_what_is_drawn():
 # ---- scores
 
 def test_mask_scores_by_hand():
-    """Patient 0: two slices, class 1 found to a half in the first and absent in the second; patient 1: class 1 missed, class 2 invented."""
+    """Patient 0: two slices, class 1 found to a half in the first and absent in the second; patient 1: class 1 missed,
+    class 2 invented."""
     masks, predictions = np.zeros((2, 3, 2, 2), np.uint8)
     masks[0], predictions[0] = [[1, 1], [0, 0]], [[1, 0], [0, 0]]
     predictions[1] = [[0, 0], [0, 1]]
@@ -207,10 +227,13 @@ def test_mask_scores_by_hand():
     scored, single = scores.mask_scores(counts, ("0", "1", "2"), np.array([5, 5, 9])), scores.slice_dice(counts)
     found, again = scored.scores, scored.again
     assert found["dice 1"] == pytest.approx((2 * 1 / (2 + 2) + 0) / 2) and found["dice 2"] == 0
-    assert found["dice_per_slice 1"] == pytest.approx((2 / 3 + 0 + 0) / 3) and found["iou 1"] == pytest.approx((1 / 3) / 2)
+    assert found["dice_per_slice 1"] == pytest.approx((2 / 3 + 0 + 0) / 3)
+    assert found["iou 1"] == pytest.approx((1 / 3) / 2)
     assert found["dice"] == pytest.approx((0.25 + 0) / 2)                  # background is not in the mean
     assert scored.units.tolist() == [0, 1] and again(np.arange(2)) == pytest.approx([found["dice"], found["iou"]])
-    assert single[2] == 0 and np.isnan(scores.slice_dice(counts[:, :, :1])).all() and again(np.array([0, 0])) == pytest.approx([0.5, 1 / 3])                 # class 2 is nowhere: left out
+    # class 2 is nowhere: left out
+    assert single[2] == 0 and np.isnan(scores.slice_dice(counts[:, :, :1])).all()
+    assert again(np.array([0, 0])) == pytest.approx([0.5, 1 / 3])
 
 
 def test_class_scores_are_the_metrics():
@@ -219,7 +242,8 @@ def test_class_scores_are_the_metrics():
         labels, shares = generator.integers(classes, size=50), generator.dirichlet(np.ones(classes), 50)
         scored = scores.class_scores(labels, shares, tuple("abc"[:classes]), np.arange(50))
         found = scored.scores
-        assert found["auc"] == metrics.auc(labels, shares) and found["recall b"] == metrics.recalls(labels, shares.argmax(1))[1]
+        assert found["auc"] == metrics.auc(labels, shares)
+        assert found["recall b"] == metrics.recalls(labels, shares.argmax(1))[1]
         assert scored.again(np.arange(50)).tolist() == [found["balanced_accuracy"], found["auc"]][:4 - classes]
 
 
@@ -232,7 +256,8 @@ def test_subsets_are_nested_stratified_and_by_patient():
     rows = np.arange(1000, 1600)
     order = subsets.in_order(rows, groups, labels, seed=3)
     assert sorted(order) == rows.tolist() and order.tolist() != subsets.in_order(rows, groups, labels, seed=4).tolist()
-    parts = [subsets.prefix(order, groups[order - 1000], amount) - 1000 for amount in ("7n", "0.1", "0.25", "0.5", "1.0")]
+    parts = [subsets.prefix(order, groups[order - 1000], amount) - 1000
+             for amount in ("7n", "0.1", "0.25", "0.5", "1.0")]
     assert len(parts[0]) == 7 and len(parts[-1]) == 600
     for small, large in zip(parts, parts[1:]):
         assert set(small) < set(large)
@@ -240,7 +265,8 @@ def test_subsets_are_nested_stratified_and_by_patient():
         assert abs(len(part) - 600 * share) <= 8                            # half a patient
         assert set(np.flatnonzero(np.isin(groups, groups[part]))) == set(part)
         assert abs(labels[part].mean() - labels.mean()) < 0.1
-    alone = subsets.in_order(rows, np.arange(600), labels, seed=0) - 1000   # every image its own patient: the shares hold from the start
+    # every image its own patient: the shares hold from the start
+    alone = subsets.in_order(rows, np.arange(600), labels, seed=0) - 1000
     assert abs(labels[alone[:20]].mean() - labels.mean()) <= 0.05
     with pytest.raises(ValueError, match="--labels 601n"):
         subsets.prefix(order, groups[order - 1000], "601n")
@@ -259,6 +285,7 @@ def test_the_rare_class_is_made_rarer():
     assert counts("others", (1, 2, 10, None)) == [[20, 20, 20], [40, 40, 20], [200, 200, 20], [300, 200, 100]]
     assert counts("rare", (1000, 10, 1, None)) == [[100, 100, 1], [100, 100, 10], [100, 100, 100], [300, 200, 100]]
     few = target.training(groups, "0.2", subsets.Imbalance(10, 10), 0)
+    assert set(target.training(groups, "0.2", None, 0)) != set(target.training(groups, "0.2", None, 1))
     assert set(few) < set(target.training(groups, "1.0", subsets.Imbalance(10, 10), 0)) and abs(len(few) - 84) <= 3
     with pytest.raises(UserError, match="--imbalance 300"):
         target.training(groups, "1.0", subsets.Imbalance(1, 300), 0)
@@ -268,18 +295,22 @@ def test_the_linear_probe_standardises_over_training_rows_alone():
     features = torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
     labels, other = np.arange(60) % 2, features.clone()
     other[40:] = 100 * other[40:] + 7                                       # what happens in test rows is not seen
-    shares = [readouts.linear_probe(x, labels, np.arange(20), np.arange(20, 40), 2)[0](np.arange(40)) for x in (features, other)]
+    shares = [readouts.linear_probe(x, labels, np.arange(20), np.arange(20, 40), 2)[0](np.arange(40))
+              for x in (features, other)]
     assert np.array_equal(*shares)
 
 
 def test_class_weights_reach_the_losses():
-    weights, images, labels, masks = torch.tensor([1.0, 5.0]), batch(6, 1, 32), torch.tensor([0, 1, 1, 0, 0, 0]), torch.zeros(6, 32, 32).long()
+    weights, images, labels = torch.tensor([1.0, 5.0]), batch(6, 1, 32), torch.tensor([0, 1, 1, 0, 0, 0])
+    masks = torch.zeros(6, 32, 32).long()
     masks[:, :, 16:] = 1
     encoder = tiny_encoder()
-    segmenter = readouts.Segmenter(encoder, None, readouts.LinearHead(encoder.widths, encoder.strides, 2), 2, "ce", weights)
+    segmenter = readouts.Segmenter(encoder, None, readouts.LinearHead(encoder.widths, encoder.strides, 2), 2, "ce",
+                                   weights)
     for method, truth in ((readouts.Classifier(tiny_encoder(), None, 2, weights), labels), (segmenter, masks)):
         method.eval()
-        torch.testing.assert_close(method(images, truth)["loss"], F.cross_entropy(method.logits(images), truth, weights))
+        torch.testing.assert_close(method(images, truth)["loss"],
+                                   F.cross_entropy(method.logits(images), truth, weights))
 
 
 def test_validation_patients_taken_from_training_are_not_learned_from():
@@ -291,7 +322,8 @@ def test_validation_patients_taken_from_training_are_not_learned_from():
 
 
 def test_statistics_are_those_of_the_images():
-    """After the pass each BatchNorm's input has mean 0 and variance 1 where the images are one batch; weights and modes stay."""
+    """After the pass each BatchNorm's input has mean 0 and variance 1 where the images are one batch; weights and modes
+    stay."""
     encoder, data = tiny_encoder().eval(), pictures()
     weights = {k: v.clone() for k, v in encoder.named_parameters()}
     set_statistics(encoder, data.images, np.arange(24), torch.device("cpu"))
@@ -301,6 +333,8 @@ def test_statistics_are_those_of_the_images():
     torch.testing.assert_close(encoder.bn1.running_var, first.var((0, 2, 3)), rtol=1e-4, atol=1e-5)
     assert all(torch.equal(weights[k], v) for k, v in encoder.named_parameters())
     assert not encoder.training and encoder.bn1.momentum == 0.1
+    set_statistics(encoder, data.images, np.arange(24), torch.device("cpu"), size=8)        # of all three batches
+    torch.testing.assert_close(encoder.bn1.running_mean, first.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
 
 
 # ---- scores by patient, and what a difference is worth
@@ -338,10 +372,12 @@ def test_what_a_gain_is_worth():
 
 
 def simulate(effect, repeats, seeds=3, patients=40):
-    """Share of comparisons that are called settled: the gain of each patient and of each seed varies about the effect."""
+    """Share of comparisons that are called settled: the gain of each patient and of each seed varies about the
+    effect."""
     generator, settled = np.random.default_rng(0), 0
     for _ in range(repeats):
-        by_patient = generator.normal(effect, 0.2, patients)[:, None] + generator.normal(0, 0.02, seeds)    # (patients, seeds)
+        # (patients, seeds)
+        by_patient = generator.normal(effect, 0.2, patients)[:, None] + generator.normal(0, 0.02, seeds)
         picks = generator.integers(patients, size=(200, patients))
         settled += scores.gain(by_patient.mean(0), by_patient.mean(1)[picks].mean(1), patients).settled
     return settled / repeats
@@ -353,6 +389,16 @@ def test_settled_is_seldom_wrong_and_often_found():
     assert simulate(4 * math.sqrt(0.2 ** 2 / 40 + 0.02 ** 2 / 3), 300) > 0.8
 
 
+def test_neighbours_are_so_few_that_a_small_class_can_win():
+    labels = np.array([0] * 30 + [1] * 3 + [0, 1])
+    rows = {"train": np.arange(33), "val": np.arange(0), "test": np.arange(33, 35)}
+    target = subsets.Target(labels, ("a", "b"), labels, rows)
+    study = Study(Settings(), None, torch.device("cpu"), [], np.arange(35), targets={"labels": target},
+                  kept={("random", None): (torch.ones(35, 3), "")})
+    tasks.run(study, tasks.Cell("knn", "1.0"), Model("random", "tiny", "default"), 0)
+    assert study.notes == ["knn: 5 neighbours, as the smallest class has 3 training images in some cells"]
+
+
 def test_a_class_that_is_never_predicted_is_named():
     counts = np.array([[[5, 0, 0], [9, 0, 1], [5, 4, 0]]])
     assert scores.never_predicted(counts, ("0", "1", "2")) == ["1"]
@@ -360,8 +406,8 @@ def test_a_class_that_is_never_predicted_is_named():
 
 
 def test_a_small_class_is_not_drowned(monkeypatch):
-    """A network that knows nothing, and a class on 2 % of the pixels: what its own pixels say for it, as a share of what
-    all others say against it, is twice what it is with all pixels alike."""
+    """A network that knows nothing, and a class on 2 % of the pixels: what its own pixels say for it, as a share of
+    what all others say against it, is twice what it is with all pixels alike."""
     masks = np.zeros((4, 32, 32), np.uint8)
     masks[:, :5, :4] = 1
     target = subsets.Target(masks, ("0", "1"), np.zeros(4, int), {"train": np.arange(4)})

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from medssl import genesis, pcrl
-from medssl.autoencoder import Autoencoder
+from medssl.autoencoder import Autoencoder, grey_error
 from medssl.common import augment, unet
 from medssl.genesis import (
     Genesis,
@@ -239,6 +239,8 @@ def test_autoencoder_restores_its_own_input():
     out = method(x)
     assert torch.allclose(out["loss"], (out["restored"] - x).square().mean())
     assert {name.split(".")[0] for name in method.state_dict()} == {"encoder", "decoder"}
+    flat = torch.rand(4, 2, 1, 1).expand(4, 2, 8, 8)                        # each picture evenly, in a grey of its own
+    assert grey_error(flat) < 1e-12 and torch.allclose(out["chance"], (x - x.mean((2, 3), True)).square().mean())
 
 
 # ---- PCRL ------------------------------------------------------------------------------------------------------------

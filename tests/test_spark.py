@@ -250,8 +250,8 @@ def test_shapes_are_static_and_no_value_is_read_back():
     method, x, ours, naive = SparK(Plain(), lambda x: x, width=8), batch(3, size=32), [], []
     for active in [some_mask(Plain, size=32, ratio=r) for r in (0.6, 0.3)]:                     # unlike in number, too
         method.zero_grad(set_to_none=True)
-        ours.append(trace(lambda: method(x, active)["loss"].backward()))
-        naive.append(trace(lambda: gather_and_scatter(Plain(), active).features(x)))
+        ours.append(trace(lambda active=active: method(x, active)["loss"].backward()))
+        naive.append(trace(lambda active=active: gather_and_scatter(Plain(), active).features(x)))
     names = {name for name, _ in ours[0] + trace(lambda: method.views(x))}
     assert {"aten::convolution_backward", "aten::rand", "aten::pixel_shuffle"} <= names
     assert not names & {"aten::" + op for op in ("item", "_local_scalar_dense", "nonzero", "masked_select", "index")}

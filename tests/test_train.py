@@ -15,11 +15,12 @@ import torch
 from PIL import Image
 
 import train
-from medssl import METHODS
+from medssl import METHODS, byol
 from medssl.common import cli, data, encoders, features, files, loop, metrics, presets, settings
 from medssl.common.monitor import Monitor
-from tests.common import batch
+from tests.common import TINY, Flip, batch
 
+REAL_TINY = encoders.ENCODERS["tiny"]
 FAST = ["--size", "32", "--stem", "default", "--batch", "16", "--steps", "3", "--log-every", "1", "--device", "cpu"]
 
 
@@ -36,6 +37,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
+    """With a smaller network under the name tiny."""
+    monkeypatch.setitem(encoders.ENCODERS, "tiny", TINY)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MEDSSL_CACHE", str(tmp_path / "cache"))
 
@@ -329,6 +332,7 @@ def test_the_small_preset_looks_at_the_set(unrehearsed, monkeypatch):
     assert ours.steps == presets.PASSES * (1000 // 64) and small(64).steps == presets.LEAST
     assert small(10 ** 6).steps == int(60 * presets.MINUTES / (3 * 64 * 40e6 / presets.PACE))
     assert small(40).batch == 32 and small(1000, 64, 1, "--steps", "7", "--size", "96").steps == 7
+    assert [small(1000, 64, 1, "--steps", steps).warmup for steps in ("9", "100", "1000")] == [0, 10, 30]
     assert small(200).parts["moco"].words["queue_size"] == 50
     assert small(200, 64, 1, "--set", "queue_size=70").parts["moco"].words["queue_size"] == 70
     views = [small(1000, 64, channels).parts["moco"].views for channels in (1, 3)]
@@ -338,8 +342,9 @@ def test_the_small_preset_looks_at_the_set(unrehearsed, monkeypatch):
     assert settings.settle(train.parse([]), METHODS, ["medmoco"], presets.PHANTOMS)[0].steps == 500
 
 
-def test_a_rehearsal_counts_what_an_image_costs():
+def test_a_rehearsal_counts_what_an_image_costs(monkeypatch):
     """tiny is ResNet-18 at a quarter of the width; MoCo sends two views through it."""
+    monkeypatch.setitem(encoders.ENCODERS, "tiny", REAL_TINY)
     tiny, large = (settle_with("--method", "moco", "--data", "x", "--set", "queue_size=64", "--encoder", name)[1]
                    for name in ("tiny", "resnet18"))
     assert 35e6 < tiny < 50e6 and 12 * tiny < large < 16 * tiny
@@ -377,6 +382,8 @@ def test_settings_of_the_optimiser(unrehearsed):
     ours = settle("--method", "swav", "--data", "x", "--preset", "paper", "--encoder", "tiny", "--size", "64",
                   "--options", "trust=0.5")
     assert ours.options == {"momentum": 0.9, "trust": 0.5}                  # the RECIPE's, with one changed
+    ours = settle("--method", "swav", "--data", "x", "--preset", "paper", "--optimizer", "adamw")
+    assert ours.options == {}                                               # they were another optimiser's
 
 
 MINE = """
@@ -458,6 +465,18 @@ def test_memory_is_counted_in_the_units_of_the_system(monkeypatch):
     assert train.memory(torch.device("cpu")) == 3
     monkeypatch.setattr(train.sys, "platform", "linux")
     assert train.memory(torch.device("cpu")) == 3 * 1024
+
+
+def test_a_look_at_the_exported_encoder_leaves_the_method_in_its_mode(split):
+    dataset, method = data.load(split, 32), byol.BYOL(encoders.build("tiny"), Flip(), export="target")
+    config = loop.Config(steps=9, batch=8, lr=1.0, out=".")
+    monitor = Monitor(method.encoder, dataset, dataset.rows("train"), torch.device("cpu"), config)
+    with torch.no_grad():
+        for p in method.target_encoder.parameters():
+            p.zero_()
+    assert method.train() and np.isnan(monitor.look(method)["rank_me"])     # the target's features are all nought
+    assert method.training and method.encoder.bn1.training
+    assert method.eval() and monitor.look(method) and not method.training
 
 
 def test_a_long_run_has_no_list_of_its_looks(folder):

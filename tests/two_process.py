@@ -2,31 +2,39 @@
 
 import multiprocessing
 import os
+import sys
 import traceback
+from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+# Where child processes come from: a fork has all modules already; elsewhere than on Linux forks are not to be trusted.
+CONTEXT = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+HELPERS = {}
 
-def processes():
-    """Where child processes come from: a process that has imported all they need and forks them, where the system has that."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    from multiprocessing import forkserver
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "tests.test_loop", "tests.test_two_processes", "tests.test_learning"])
-    forkserver.ensure_running()
-    return context
+
+def helper(name):
+    """A process of this name that works beside this one; it begins now, as a copy of what this one is now."""
+    if name not in HELPERS:
+        HELPERS[name] = ProcessPoolExecutor(1, CONTEXT, initializer=quiet)
+        HELPERS[name].submit(os.getpid).result()
+    return HELPERS[name]
 
 
 def run_processes(function, count, tmp_path, *values):
     """[function(*values) of rank 0, of rank 1, ...]. The function is found by its name in its module and returns what
     torch.save can write."""
-    context = processes()
-    folder = tmp_path / f"{function.__name__}-{len(list(tmp_path.iterdir()))}"                 # a rendezvous serves one group
+    folder = tmp_path / f"{function.__name__}-{len(list(tmp_path.iterdir()))}"          # a rendezvous serves one group
     folder.mkdir()
-    children = [context.Process(target=child, args=(function, rank, count, folder, values)) for rank in range(count)]
+    helper("forks").submit(start, function, count, folder, values).result()
+    return [torch.load(folder / f"result-{rank}") for rank in range(count)]
+
+
+def start(function, count, folder, values):
+    """The processes, from their start to their end."""
+    children = [CONTEXT.Process(target=child, args=(function, rank, count, folder, values)) for rank in range(count)]
     for process in children:
         process.start()
     for process in children:
@@ -39,7 +47,6 @@ def run_processes(function, count, tmp_path, *values):
     if errors or alive or any(process.exitcode for process in children):
         codes = [process.exitcode for process in children]
         raise RuntimeError("\n".join(errors) or f"exit codes {codes}, {len(alive)} stopped after 60 s")
-    return [torch.load(folder / f"result-{rank}") for rank in range(count)]
 
 
 def quiet():
@@ -59,4 +66,4 @@ def child(function, rank, count, folder, values):
         dist.destroy_process_group()
     except Exception:
         (folder / f"error-{rank}").write_text(f"rank {rank}:\n{traceback.format_exc()}")
-        raise SystemExit(1)
+        raise SystemExit(1) from None
