@@ -1,6 +1,6 @@
 """Do the tests find what goes wrong? Breaks the code in many ways, one at a time, and tells which no test finds.
 
-    python tests/faults.py               all, in a scratch copy of this checkout; about ten minutes on one CPU core
+    python tests/faults.py               all, in a scratch copy of this checkout; about four minutes on one CPU core
     python tests/faults.py -k moco       those with this word in their file, their words or their tests
     python tests/faults.py --list        what would be broken
 
