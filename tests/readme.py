@@ -6,6 +6,7 @@ The commands are taken from README.md itself, so that it cannot rot. Where torch
 encoder is this project's ResNet-18 with the same parameter names.
 """
 
+import importlib.util
 import os
 import re
 import shutil
@@ -83,7 +84,24 @@ def python_way(folder):
     run([sys.executable, "geometry_example.py"], folder, PYTHONPATH=str(ROOT))
 
 
-for piece in (run_command, copy_one_file, copy_with_maps, python_way):
+def other_formats(folder):
+    if not all(importlib.util.find_spec(package) for package in ("safetensors", "onnx")):
+        print("safetensors and onnx are not installed: the example of other formats was not run")
+        return
+    (Path(folder) / "example.py").write_text(block("formats"))
+    run([sys.executable, "example.py"], folder, PYTHONPATH=str(ROOT))
+    assert all((Path(folder) / f"encoder.{ending}").stat().st_size > 10 ** 6 for ending in ("safetensors", "onnx"))
+
+
+def tour_block(folder):
+    """The twenty lines that the tour begins with, in little."""
+    page = (ROOT / "docs/tour.md").read_text()
+    code = re.search(r"<!-- way-in -->\n```python\n(.*?)```", page, re.S)[1]
+    (Path(folder) / "example.py").write_text(code.replace("steps=300", "steps=20").replace("size=64", "size=32"))
+    assert "kNN, balanced accuracy" in run([sys.executable, "example.py"], folder, PYTHONPATH=str(ROOT))
+
+
+for piece in (run_command, copy_one_file, copy_with_maps, python_way, tour_block, other_formats):
     with tempfile.TemporaryDirectory() as folder:
         piece(folder)
 print("the README's commands work")

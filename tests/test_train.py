@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+import medssl
 import train
 from medssl import METHODS, byol
 from medssl.common import cli, data, encoders, features, files, loop, metrics, presets, settings
@@ -491,3 +492,9 @@ def test_help_lists_the_methods(capsys):
         train.main(["--help"])
     assert stopped.value.code == 0 and all(name in capsys.readouterr().out for name in ("simclr",))
     assert "tensorboard" not in sys.modules
+
+
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--version"])
+    assert stopped.value.code == 0 and capsys.readouterr().out.strip() == f"medssl {medssl.__version__}"

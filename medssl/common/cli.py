@@ -14,11 +14,16 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
+from .. import __version__
 from .errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with an error of one line instead of the whole usage."""
+    """argparse with --version, and an error of one line instead of the whole usage."""
+
+    def __init__(self, **words):
+        super().__init__(**words)
+        self.add_argument("--version", action="version", version=f"medssl {__version__}")
 
     def error(self, message):
         unknown = [word.partition("=")[0] for word in message.partition("unrecognized arguments: ")[2].split()]
