@@ -8,6 +8,7 @@ always a little behind, so that there is something to catch up with.
 
 The algorithm.
   online:  z = g(f(x)),  p = h(z)           target:  z' = g'(f'(x)), no gradient, BatchNorm in training mode       (1)
+           encoder f, projector g, predictor h; a prime marks the target network
   d(p, z') = 2 - 2 cos(p, z'),      loss = mean d(p1, z'2) + mean d(p2, z'1)                                       (2)
   target <- m target + (1 - m) online                      after each step, parameters only                        (3)
   m = m_1 - (m_1 - m_0) (1 + cos(pi t)) / 2                t: share of the run that is done; from m_0 to m_1 = 1   (4)

@@ -6,15 +6,15 @@ The idea. To paint a missing piece of an image one has to know what belongs ther
 a convolution, though: its window reaches in from the border, layer by layer, and BatchNorm counts the zeros as tissue.
 So after every layer the hidden sites (places of a map) are set to zero again, and every statistic is taken over visible
 sites only. That is what a sparse convolution computes, which skips hidden sites; here, as in the released code,
-ordinary layers do it, and no time is saved. A cell, hidden or shown whole, is a place of the coarsest map or several,
-so that one mask fits every finer scale exactly.
+ordinary layers do it, and no time is saved. A cell, hidden or shown whole, covers one place of the coarsest map or a
+block of them, so that one mask fits every finer scale exactly.
 
 The algorithm.
   active: round((1 - mask_ratio) n) of the n cells of each image, drawn at random; the others are hidden          (1)
   S_i = map i of the encoder on the visible cells, exactly zero elsewhere                                         (2)
   D_i = projection_i(norm_i(S_i) at visible sites; at hidden ones token_i, a learned vector, the same everywhere);
       the coarsest projection is the identity where its widths match                                            (3)
-  y_i = up_i(y_(i+1) + D_i),   y = head(y_0)               coarse to fine, from 0 up to the size of the image      (4)
+  y_i = up_i(y_(i+1) + D_i),   y = head(y_0)               coarse to fine, from y = 0 up to the size of the image  (4)
   target = (x - mean) / sqrt(variance + eps)               of each cell on its own, over its pixels and channels  (5)
   loss = mean over the hidden cells of the mean of (y - target)^2                                                 (6)
 "chance" is the loss of a network that paints zeros. "textured" is Eq. 6 over those cells whose variance exceeds eps.

@@ -16,7 +16,8 @@ def draw_restored(scene, count=6):
     rows += [(look.heading, look.outs["restored"]) for look in scene.looks]
     return rows_of(scene, "Asked: what did the image look like?" + " Grey cells are hidden." * bool(scene.masks),
                    [(label, None, list(map(shown, pictures[:count]))) for label, pictures in rows],
-                   "Rows of a network: what it paints.")
+                   "Rows of a network: what it paints."
+                   + " Hidden cells have their true mean and contrast, visible ones are copied." * bool(scene.masks))
 
 
 # ---- one of several answers
