@@ -1,45 +1,135 @@
-"""What makes the tests quick on two cores."""
+"""What makes the tests quick: two processes share them, where they are many."""
 
 import gc
 import os
+import signal
+import sys
+import traceback
 
 # On networks this small a second thread costs as much as it gives, and beside other work the two wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from tests.two_process import helper
+import torch
+
+from tests.two_process import CONTEXT, HELPERS, helper
+
+# torch's own also seeds devices that are not there, and keeps a trace of the stack for each.
+if not torch.cuda.is_available():
+    torch.manual_seed = torch.random.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))
 
 MANY = 100                         # fewer tests than this run one after the other: somebody is looking for an error
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "beside: the test needs no fixture and may run beside the others, in a second "
-                            "process")
+DONE = "done"
 
 
 def pytest_collection_finish(session):
-    """Forks the second process, and the one that forks others, while this one has computed nothing yet: afterwards
-    torch may have threads, which a fork leaves behind."""
     gc.collect()
     gc.freeze()                                                             # modules are no garbage: not searched again
-    if session.config.option.collectonly:
-        return
-    session.helpers = []
-    if any(hasattr(item.module, "run_processes") for item in session.items if hasattr(item, "module")):
-        session.helpers.append(helper("forks"))
-    if len(session.items) >= MANY:
-        session.helpers.append(helper("beside"))
-        for item in session.items:
-            if item.get_closest_marker("beside"):
-                words = item.callspec.params if hasattr(item, "callspec") else {}
-                item.beside = session.helpers[-1].submit(item.function, **words)
 
 
-def pytest_pyfunc_call(pyfuncitem):
-    if hasattr(pyfuncitem, "beside"):
-        pyfuncitem.beside.result()
-        return True
+def pytest_runtestloop(session):
+    """A fork of this process, with all modules already there, takes every other file from the same list."""
+    if session.config.option.collectonly or session.testsfailed or len(session.items) < MANY or not forks():
+        start_helper(session.items)
+        return None                                                         # pytest's own loop
+    session.config._tmp_path_factory.getbasetemp()                          # one folder for both
+    rooms, taken = files_of(session.items), CONTEXT.Value("i", 0)
+    reports, sender = CONTEXT.Pipe(duplex=False)
+    second = CONTEXT.Process(target=work_for, args=(session, rooms, taken, sender))
+    second.start()
+    sender.close()
+    reports.recv()                                                          # it has its own output and its helper
+    start_helper(session.items)
+    try:
+        more = True                                                         # reports of the second process will come
+        for _ in work(session, rooms, taken):
+            while more and reports.poll():
+                more = pass_on(session, reports)
+        while more:
+            more = pass_on(session, reports)
+    except BaseException:
+        second.terminate()
+        raise
+    finally:
+        second.join()
+    return True
 
 
-def pytest_sessionfinish(session):
-    for pool in getattr(session, "helpers", []):
-        pool.shutdown(cancel_futures=True)
+def forks():
+    return CONTEXT.get_start_method() == "fork"
+
+
+def start_helper(items):
+    """Forks the process that forks others while this one has computed nothing yet: afterwards torch may have threads,
+    which a fork leaves behind."""
+    if any(hasattr(getattr(item, "module", None), "run_processes") for item in items):
+        helper("forks")
+
+
+def files_of(items):
+    """[[the items of a file], ...], large files first: so the two processes end at nearly the same time."""
+    rooms = {}
+    for item in items:
+        rooms.setdefault(item.path, []).append(item)
+    return [rooms[path] for path in sorted(rooms, key=lambda path: -path.stat().st_size)]
+
+
+def work(session, rooms, taken):
+    """Runs the files that nobody has taken yet; yields after each test."""
+    while True:
+        with taken.get_lock():
+            mine, taken.value = taken.value, taken.value + 1
+        if mine >= len(rooms):
+            return
+        for item, following in zip(rooms[mine], [*rooms[mine][1:], None]):
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            if session.shouldfail or session.shouldstop:
+                raise session.Failed(session.shouldfail or session.shouldstop)
+            yield
+
+
+# ---- from the second process to the first
+
+class Sender:
+    """In the place of the second process's terminal."""
+
+    def __init__(self, config, connection):
+        self.config, self.connection = config, connection
+
+    def pytest_runtest_logreport(self, report):
+        self.connection.send(self.config.hook.pytest_report_to_serializable(config=self.config, report=report))
+
+
+def work_for(session, rooms, taken, connection):
+    """What the second process does."""
+    plugins = session.config.pluginmanager
+    plugins.unregister(name="terminalreporter")
+    plugins.register(Sender(session.config, connection))
+    capture = plugins.getplugin("capturemanager")
+    capture.stop_global_capturing()                                         # its files are the first process's
+    capture.start_global_capturing()
+    start_helper(session.items)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))                   # so that its helper ends with it
+    try:
+        connection.send("ready")
+        for _ in work(session, rooms, taken):
+            pass
+    except session.Failed:
+        pass                                                                # the first process has the report
+    except Exception:
+        connection.send(f"the second process stopped: {traceback.format_exc()}")
+    finally:
+        connection.send(DONE)
+        for executor in HELPERS.values():
+            executor.shutdown()
+
+
+def pass_on(session, reports):
+    """One report, to the terminal; False where none will follow."""
+    data = reports.recv()
+    if isinstance(data, str):
+        if data != DONE:
+            raise RuntimeError(data)
+        return False
+    report = session.config.hook.pytest_report_from_serializable(config=session.config, data=data)
+    session.config.hook.pytest_runtest_logreport(report=report)
+    return True

@@ -8,8 +8,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import pytest
-
 from medssl import METHODS
 
 PACKAGE = Path(__file__).parents[1] / "medssl"
@@ -87,7 +85,6 @@ print(json.dumps({name: train(name, class_name) for name, class_name in methods.
 '''
 
 
-@pytest.mark.beside
 def test_each_file_trains_alone():
     classes = {name: cls.__name__ for name, cls in METHODS.items()}
     with tempfile.TemporaryDirectory() as folder:

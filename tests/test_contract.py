@@ -65,7 +65,6 @@ def detached(out):
     return {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in out.items()}
 
 
-@pytest.mark.beside
 @pytest.mark.parametrize("name", NAMES)
 def test_forward_is_deterministic_and_changes_only_running_statistics(name):
     method = make(name).train()
@@ -87,7 +86,6 @@ def test_forward_is_deterministic_and_changes_only_running_statistics(name):
     assert torch.as_tensor(first.get("chance", 0.0)).isfinite()
 
 
-@pytest.mark.beside
 @pytest.mark.parametrize("name", NAMES)
 def test_every_trainable_parameter_gets_a_gradient(name):
     method = make(name).train()
@@ -102,7 +100,6 @@ def test_every_trainable_parameter_gets_a_gradient(name):
     assert all(key.endswith("bias") for key in dead), dead
 
 
-@pytest.mark.beside
 @pytest.mark.parametrize("name", NAMES)
 def test_state_moves_in_after_step_and_survives_a_round_trip(name):
     method = make(name).train()
@@ -126,7 +123,6 @@ def test_state_moves_in_after_step_and_survives_a_round_trip(name):
     assert same(state(method), state(other))
 
 
-@pytest.mark.beside
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("channels,size,stem,count", [(3, 64, "default", 5), (1, 96, "default", 4),
                                                       (1, 32, "small", 6)])
@@ -139,7 +135,6 @@ def test_channels_sizes_and_odd_batches(name, channels, size, stem, count):
         assert out["restored"].shape == (count, channels, size, size)
 
 
-@pytest.mark.beside
 @pytest.mark.parametrize("name", NAMES)
 def test_views_differ_between_equal_images_and_follow_the_seed(name):
     method = make(name).train()
@@ -156,7 +151,6 @@ def test_views_differ_between_equal_images_and_follow_the_seed(name):
     assert not any(t.requires_grad for t in first)
 
 
-@pytest.mark.beside
 @pytest.mark.parametrize("name", NAMES)
 def test_evaluation_mode_changes_nothing(name):
     method = make(name)
@@ -368,7 +362,6 @@ def test_the_loop_names_no_method():
         assert not words & (set(METHODS) - {"together", "relative"}), file
 
 
-@pytest.mark.beside
 def test_an_exported_encoder_is_an_encoder():
     for name in NAMES:
         method = make(name)
@@ -376,7 +369,6 @@ def test_an_exported_encoder_is_an_encoder():
         assert encoder.state_dict().keys() == tiny_encoder().state_dict().keys()
 
 
-@pytest.mark.beside
 def test_copies_share_nothing():
     """A method can be copied: no hook or closure still points at the original's tensors."""
     for name in NAMES:
@@ -392,7 +384,6 @@ def test_copies_share_nothing():
         assert torch.allclose(twin(*views)["loss"], fresh(*views)["loss"], atol=1e-5), name
 
 
-@pytest.mark.beside
 @pytest.mark.parametrize("name", NAMES)
 def test_two_views_of_an_image_are_drawn_apart(name):
     x1, x2, *_ = *views_of(make(name)), None
@@ -400,7 +391,6 @@ def test_two_views_of_an_image_are_drawn_apart(name):
         assert (x1 != x2).flatten(1).any(1).all()
 
 
-@pytest.mark.beside
 @pytest.mark.parametrize("name", ["moco", "medmoco", "pcrl"])
 def test_keys_come_from_the_slow_networks_alone(name):
     method = make(name).eval()

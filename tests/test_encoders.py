@@ -21,8 +21,8 @@ def fill(encoder, rule):
     for i, (name, p) in enumerate(encoder.named_parameters()):
         k = torch.arange(p.numel(), dtype=torch.float64)
         if rule == "square" and p.ndim > 1:
-            k = (k * k) % 1000003
-        values = 0.05 * torch.sin(0.37 * k + i) + (p.ndim == 1 and name.endswith("weight"))
+            k = k.square_().remainder_(1000003)
+        values = k.mul_(0.37).add_(i).sin_().mul_(0.05).add_(p.ndim == 1 and name.endswith("weight"))
         p.data = values.view_as(p).float()
     persistent = encoder.state_dict().keys() - dict(encoder.named_parameters()).keys()
     for i, (name, b) in enumerate((n, b) for n, b in encoder.named_buffers() if n in persistent):

@@ -18,9 +18,9 @@ from tests.common import tiny_encoder
 
 CASES = {                          # method: (steps, words, what is measured, sign, level)
     "rotation": (30, [], "accuracy", ">", 0.7),
-    "simclr": (110, ["temperature=0.2"], "loss / chance", "<", 0.93),
+    "simclr": (75, ["temperature=0.2"], "loss / chance", "<", 0.95),
     # ln 20 = 3.0 by chance; the loss itself rises at first
-    "medmoco": (60, ["queue_size=64", "momentum=0.9"], "local", "<", 2.8),
+    "medmoco": (45, ["queue_size=64", "momentum=0.9"], "local", "<", 2.8),
     "spark": (25, ["width=32"], "textured", "<", 0.85),
 }
 
@@ -35,7 +35,6 @@ def pictures():
     return phantoms.make(250, 32)
 
 
-@pytest.mark.beside
 @pytest.mark.parametrize("name", CASES)
 def test_learns(name):
     steps, words, what, sign, level = CASES[name]
@@ -50,7 +49,6 @@ def test_learns(name):
     assert trained > level > untrained if sign == ">" else trained < level < untrained
 
 
-@pytest.mark.beside
 def test_rotation_finds_nothing_in_noise():
     """Blurred noise has no right way up: what is learnt on phantoms is no trace that the turning leaves in pixels."""
     noise = np.random.default_rng(0).integers(0, 256, (250, 32, 32), np.uint8)

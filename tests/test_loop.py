@@ -44,7 +44,6 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.beside
 @pytest.mark.parametrize("name", NAMES)
 def test_resume_is_exact_for_every_method(name):
     with tempfile.TemporaryDirectory() as folder:
@@ -54,8 +53,8 @@ def test_resume_is_exact_for_every_method(name):
 def resume_is_exact(name, tmp_path):
     """Accumulation 2 and bf16; the last step is done twice, once going straight on and once from the checkpoint before
     it."""
-    settings = config(tmp_path / "a", accum=2, amp="bf16", save_every=2, optimizer="lars", options={"trust": 0.02},
-                      weight_decay=0.1, warmup=1)
+    settings = config(tmp_path / "a", batch=8, accum=2, amp="bf16", save_every=2, optimizer="lars",
+                      options={"trust": 0.02}, weight_decay=0.1, warmup=1)
     straight = make(name)
     for record in loop.fit(straight, pictures(), settings):
         if record["step"] == 3:
