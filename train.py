@@ -95,7 +95,7 @@ def assemble(settings, dataset, say):
     torch.manual_seed(settings.seed)                                        # the same first weights in every process
     encoder = encoders.build(settings.encoder, channels, settings.stem, dataset.mean, dataset.std)
     if settings.init:
-        matched, total = encoders.load(settings.init, encoder)
+        matched, total = encoders.load(settings.init, encoder, lambda line: say(f"note: {line}"))
         say(f"starting from {settings.init}: {matched} of {total} tensors matched")
     first = copy.deepcopy(encoder)
     return settled.build(METHODS, settings.parts, encoder, channels, settings.size), first

@@ -80,9 +80,13 @@ def test_a_run_leaves_what_it_promises(folder, capsys):
     shutil.copytree(out, "copy")
     train.main(["--resume", "--out", "copy"])                               # nothing left to do, nothing changed
     assert all(torch.equal(v, before[k]) for k, v in torch.load("copy/encoder.pt", weights_only=True).items())
-    train.main(["--method", "rotation+simclr", "--data", str(folder), "--encoder", "tiny", "--init", "run",
-                "--out", "next", "--set", "simclr.temperature=0.2", "rotation.weight=0.5", *FAST])
-    assert "of" in capsys.readouterr().out and Path("next/encoder.pt").exists()
+    train.main(["--method", "rotation+simclr", "--data", str(folder), "--encoder", "tiny", "--init",
+                "run/checkpoint.pt", "--out", "next", "--set", "simclr.temperature=0.2", "rotation.weight=0.5", *FAST])
+    said, tensors = capsys.readouterr().out, len(before)
+    assert f"starting from run/checkpoint.pt: {tensors} of {tensors} tensors matched" in said
+    assert "note: taken: the tensors under method.encoder.; left out: queue (1), " in said
+    assert f", projector (4), key_encoder ({tensors}), key_projector (4), optimizer (" in said
+    assert Path("next/encoder.pt").exists()
 
 
 @pytest.fixture(scope="module")
