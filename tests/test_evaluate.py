@@ -303,7 +303,7 @@ def test_wrong_words(home, npz, capsys):
     assert not Path("results").exists()
 
 
-def test_evil_and_damaged_weights(home, capsys):
+def test_evil_and_damaged_weights(home, capsys, monkeypatch):
     class Evil:
         def __reduce__(self):
             return Path.touch, (Path("touched"),)
@@ -312,7 +312,12 @@ def test_evil_and_damaged_weights(home, capsys):
     state = torch.load(home / "run/encoder.pt", weights_only=True)
     torch.save(state | {"bn1.weight": torch.full((8,), float("nan"))}, "nan.pt")
     torch.save({"conv1.weight": torch.zeros(5, 1, 3, 3)}, "other.pt")
-    for name, word in (("evil", "refused"), ("noise", "refused"), ("nan", "not finite"), ("other", "those of none of")):
+    torch.save({f"{side}.{key}": value + (side == "b") for side in "ab" for key, value in state.items()}, "twice.pt")
+    torch.save({"net": {key: value for key, value in state.items() if key != "layer4.0.bn2.bias"}}, "part.pt")
+    monkeypatch.setitem(encoders.ENCODERS, "resnet18-3stages", (encoders.BasicBlock, (1, 1, 1), 8))     # takes the rest
+    for name, word in (("evil", "refused"), ("noise", "refused"), ("nan", "not finite"), ("other", "those of none of"),
+                       ("twice", "as tiny with stem default it holds this encoder more than once, under a. and b.:"),
+                       ("part", "as tiny with stem default it does not fit this encoder, read under net.: 1 missing")):
         assert word in fails(capsys, f"{name}.pt", "--data", home / "set", "--device", "cpu")
     assert not Path("touched").exists()
     Path("hollow").mkdir()
