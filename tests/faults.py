@@ -484,7 +484,7 @@ FAULTS = {                                                                  # fi
         ("the bias penalised", "weights[:-1].square().sum()", "weights.square().sum()", "readouts -k logistic"),
         ("masks that stay where images move", "augment.warp(masks, theta).long()", "masks.long()",
          "readouts -k masks_take"),
-        ("absent classes in the Dice loss", "(ratio * (true > 0)).sum() / (true > 0).sum()", "ratio.mean()",
+        ("absent classes in the Dice loss", "weights = (true > 0) * class_weights", "weights = class_weights * torch.ones_like(true)",
          "readouts -k losses"),
         ("the last weights for the best", "    method.load_state_dict(best[1])\n", "", "readouts -k best"),
         ("class weights not heeded", "F.cross_entropy(self.logits(x), labels, self.class_weights)",
