@@ -191,25 +191,27 @@ def test_it_learns_what_is_there_and_no_more(npz):
 
 
 def test_series(home, capsys, monkeypatch):
-    """Imbalance, resampling, strengths, freezing and checkpoints of one run; test images untouched."""
+    """Imbalance, resampling, strengths, freezing, the optimiser, and checkpoints of one run; test images untouched."""
     tune, drawn = readouts.tune, []
     monkeypatch.setattr(readouts, "tune", lambda *args: drawn.append(
-        (args[1].labels[args[2]], args[4].weights, args[4].head_rate)) or tune(*args))
+        (args[1].labels[args[2]], args[4].weights, args[4].head_rate, args[4].config)) or tune(*args))
     for step in (10, 9):
         Path("many").mkdir(exist_ok=True)
         (Path("many") / f"encoder-{step}.pt").write_bytes((home / "run/encoder.pt").read_bytes())
     Path("many/config.json").write_bytes((home / "run/config.json").read_bytes())
     run("many/encoder-10.pt", "many/encoder-9.pt", "--task", "linear", "finetune", "--imbalance", "1", "8", "--stage",
         "2", "--augment", "S0", "S6", "--resample", "--freeze", "0.4", "--loss", "balanced",
-        "--head-lr", "0.1", "--out", "out", "--steps", "3", "--batch", "16", "--seeds", "1", "--device", "cpu")
+        "--head-lr", "0.1", "--optimizer", "lars", "--lr", "0.01", "--weight-decay", "0.2", "--out", "out", "--steps",
+        "3", "--batch", "16", "--seeds", "1", "--device", "cpu")
     found = json.loads(Path("out/results.json").read_text())
     assert [m["name"] for m in found["models"]] == ["random", "random, normalised", "many@9", "many@10"]
     sizes = {(f["imbalance"], f["augment"]): f["train_images"] for f in found["fits"]}
     # 2 : 2 : 2, 16 : 16 : 2
     assert sizes == {(1, None): 6, (8, None): 34, (1, "S0"): 6, (1, "S6"): 6, (8, "S0"): 34, (8, "S6"): 34}
     assert len(drawn) == 12
-    assert all(np.bincount(labels, weights).tolist() == pytest.approx([1, 1, 1]) and rate == 100
-               for labels, weights, rate in drawn)
+    assert all(np.bincount(labels, weights).tolist() == pytest.approx([1, 1, 1]) and rate == 10
+               for labels, weights, rate, _ in drawn)
+    assert {(config.optimizer, config.lr, config.weight_decay) for *_, config in drawn} == {("lars", 0.01, 0.2)}
     pictures = {path.name for path in Path("out").iterdir()}
     assert {"imbalance-linear.png", "augment-finetune.png", "steps-finetune.png"} <= pictures
     said = capsys.readouterr().out
