@@ -201,7 +201,7 @@ def test_series(home, capsys, monkeypatch):
     Path("many/config.json").write_bytes((home / "run/config.json").read_bytes())
     run("many/encoder-10.pt", "many/encoder-9.pt", "--task", "linear", "finetune", "--imbalance", "1", "8", "--stage",
         "2", "--augment", "S0", "S6", "--resample", "--freeze", "0.4", "--loss", "balanced",
-        "--head-lr", "0.1", "--optimizer", "lars", "--lr", "0.01", "--weight-decay", "0.2", "--out", "out", "--steps",
+        "--head-lr", "0.1", "--optimizer", "lars", "--lr", "0.02", "--weight-decay", "0.2", "--out", "out", "--steps",
         "3", "--batch", "16", "--seeds", "1", "--device", "cpu")
     found = json.loads(Path("out/results.json").read_text())
     assert [m["name"] for m in found["models"]] == ["random", "random, normalised", "many@9", "many@10"]
@@ -209,9 +209,9 @@ def test_series(home, capsys, monkeypatch):
     # 2 : 2 : 2, 16 : 16 : 2
     assert sizes == {(1, None): 6, (8, None): 34, (1, "S0"): 6, (1, "S6"): 6, (8, "S0"): 34, (8, "S6"): 34}
     assert len(drawn) == 12
-    assert all(np.bincount(labels, weights).tolist() == pytest.approx([1, 1, 1]) and rate == 10
+    assert all(np.bincount(labels, weights).tolist() == pytest.approx([1, 1, 1]) and rate == 5
                for labels, weights, rate, _ in drawn)
-    assert {(config.optimizer, config.lr, config.weight_decay) for *_, config in drawn} == {("lars", 0.01, 0.2)}
+    assert {(config.optimizer, config.lr, config.weight_decay) for *_, config in drawn} == {("lars", 0.02, 0.2)}
     pictures = {path.name for path in Path("out").iterdir()}
     assert {"imbalance-linear.png", "augment-finetune.png", "steps-finetune.png"} <= pictures
     said = capsys.readouterr().out
