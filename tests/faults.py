@@ -275,7 +275,7 @@ FAULTS = {                                                                  # fi
          "\n            scaler.step(optimizer)", "loop -k after_step"),
         ("scaled gradients clipped", "scaler.unscale_(optimizer)", "pass", "loop -k clipping"),
         ("the trained encoder saved for the exported one",
-         'encoders.save(getattr(method, "exported", method.encoder), Path(config.out) / "encoder.pt")',
+         'encoders.save(encoders.exported(method), Path(config.out) / "encoder.pt")',
          'encoders.save(method.encoder, Path(config.out) / "encoder.pt")', "loop -k exported"),
         ("the decay's schedule backwards", "config.weight_decay, config.weight_decay_end)",
          "config.weight_decay_end, config.weight_decay)", "loop -k decay"),
@@ -385,7 +385,7 @@ FAULTS = {                                                                  # fi
         ("the method left in evaluation mode", "        method.train(training)\n", "", "train -k a_look"),
         ("a kNN that knows what it is asked", "known, asked = self.features(encoder, self.train)",
          "known, asked = self.features(encoder, self.val)", "train -k random"),
-        ("the trained encoder watched for the exported one", 'encoder = getattr(method, "exported", method.encoder)',
+        ("the trained encoder watched for the exported one", "encoder = encoders.exported(method)",
          "encoder = method.encoder", "train -k a_look"),
     ],
     "medssl/common/presets.py": [

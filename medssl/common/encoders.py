@@ -133,6 +133,11 @@ def build(name, channels=1, stem="default", mean=None, std=None):
     return encoder
 
 
+def exported(method):
+    """The encoder that is kept of a method: the one that it names, else the one that is trained."""
+    return getattr(method, "exported", method.encoder)
+
+
 # ---- files of weights
 
 def save(encoder, path):
