@@ -41,6 +41,8 @@ Settings of the works that use it, as words of train.py:
   Wolf et al. 2023, small CT sets (RECIPE)
     --set queue_size=65536 momentum=0.999 temperature=0.07 dim=128 --optimizer sgd --lr 0.03 --weight-decay 1e-4
     --batch 128 --epochs 800 --views slices
+  the same as it was run there, on one GPU and with decay of all parameters
+    --set bn_chunks=1 --options decay_all=True
   MoCo v2, on ImageNet; 200 epochs or 800
     --set queue_size=65536 momentum=0.999 temperature=0.2 dim=128 --optimizer sgd --lr 0.03 --weight-decay 1e-4
     --batch 256 --epochs 200 --views contrastive
