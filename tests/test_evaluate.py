@@ -322,6 +322,9 @@ def test_evil_and_damaged_weights(home, capsys, monkeypatch):
                        ("part", "as tiny with stem default it does not fit this encoder, read under net.: 1 missing")):
         assert word in fails(capsys, f"{name}.pt", "--data", home / "set", "--device", "cpu")
     assert not Path("touched").exists()
+    for strange in ({"name": "vit"}, {"stem": ["small"]}):
+        Path("part.json").write_text(json.dumps(strange))
+        assert "part.json: says" in fails(capsys, "part.pt", "--data", home / "set", "--device", "cpu")
     Path("hollow").mkdir()
     assert "neither a run" in fails(capsys, "hollow")
     Path("hollow/encoder.pt").write_bytes((home / "run/encoder.pt").read_bytes())

@@ -229,6 +229,10 @@ def guess(state, where, file):
     """The encoder and the stem that are asked for, that the file's neighbour names, or that keys and shapes fit."""
     known, refused = encoders.about(file), []
     name, stem = where.encoder or known.get("name"), where.stem or known.get("stem")
+    for value, choices in ((name, encoders.ENCODERS), (stem, encoders.STEMS)):
+        if value and value not in tuple(choices):
+            raise UserError(f"{file.with_suffix('.json')}: says {value}, which is none of {', '.join(choices)}; put it "
+                            "right or remove it")
     for kind in [name] if name else encoders.ENCODERS:
         for first in [stem] if stem else ("default", "small"):              # "nopool" has the keys of "default"
             try:
