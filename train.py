@@ -201,7 +201,8 @@ def parse(argv):
     add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
         help="an argument of the method's constructor, see medssl/METHOD.py; PART.NAME=VALUE with several parts")
     add("--init", type=cli.filled, metavar="FILE",
-        help="start from an encoder.pt, a run's folder, or a torchvision or timm state dict")
+        help="start from a run, or from weights: ours, torchvision's, timm's, or within what MoCo, SwAV, DINO, SparK, "
+        "solo-learn, lightly and others save")
     add("--out", type=cli.filled, metavar="DIR", help="default: runs/METHOD-DATA, numbered")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--save-every", type=cli.positive, default=500, help="steps between checkpoints")
