@@ -136,7 +136,7 @@ def parse(argv):
 
 
 def add_flags(add):
-    add("runs", nargs="*", help="folders of runs, files of weights (ours, torchvision's, timm's), .npz files of "
+    add("runs", nargs="*", help="folders of runs, files of weights (as train.py --init takes them), .npz files of "
         "features; none: the random encoders alone")
     add("--data", help="default: the first run's; 'phantoms' is built in")
     add("--label", help="column of split.csv (default: the first run's)")

@@ -95,7 +95,7 @@ def assemble(settings, dataset, say):
     torch.manual_seed(settings.seed)                                        # the same first weights in every process
     encoder = encoders.build(settings.encoder, channels, settings.stem, dataset.mean, dataset.std)
     if settings.init:
-        matched, total = encoders.load(settings.init, encoder)
+        matched, total = encoders.load(settings.init, encoder, lambda line: say(f"note: {line}"))
         say(f"starting from {settings.init}: {matched} of {total} tensors matched")
     first = copy.deepcopy(encoder)
     return settled.build(METHODS, settings.parts, encoder, channels, settings.size), first
@@ -201,7 +201,8 @@ def parse(argv):
     add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
         help="an argument of the method's constructor, see medssl/METHOD.py; PART.NAME=VALUE with several parts")
     add("--init", type=cli.filled, metavar="FILE",
-        help="start from an encoder.pt, a run's folder, or a torchvision or timm state dict")
+        help="start from a run, or from weights: ours, torchvision's, timm's, or within what MoCo, SwAV, DINO, SparK, "
+        "solo-learn, lightly and others save")
     add("--out", type=cli.filled, metavar="DIR", help="default: runs/METHOD-DATA, numbered")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--save-every", type=cli.positive, default=500, help="steps between checkpoints")

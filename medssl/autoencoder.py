@@ -22,7 +22,8 @@ Differences. Study: the work that RECIPE follows.
   handed in.
 - Flips. Study in 3D: up to three draws of an axis, each with probability 0.4. Its 2D code: one flip, with 0.4. Here:
   left-right and up-down, each with 0.2.
-- Schedule. Study: half the rate every 40 epochs, or when the loss stands still. Here: a cosine.
+- Schedule. Study: half the rate every 40 epochs by its code, when the loss stands still by its supplement. Here: a
+  cosine.
 - Accumulation of gradients (one optimiser step from several micro-batches). Here: it equals a larger batch but for
   BatchNorm's statistics.
 
@@ -38,7 +39,7 @@ RECIPE = {                       # Zhang et al. 2023, the released settings for 
     "lr": 32.0,                  # per 256: 1.0 at batch 8; sigmoid and mean square make very small gradients
     "weight_decay": 0.0,
     "batch": 8,                  # 2D; 6 in 3D
-    "epochs": 240,               # ours: the study stops when 50 epochs bring nothing
+    "epochs": 240,               # ours: the study stops early, with a patience of 50
     "warmup": 0,
     "views": "flips",
     "size": 512,

@@ -35,7 +35,7 @@ Settings of the works that use it, as words of train.py:
   Kalapos and Gyires-Toth 2022, 2D segmentation, from random weights; from ImageNet's: 25 epochs, and the target is kept
     --set momentum=0.99 hidden=4096 predictor_hidden=8192 --optimizer lars --options trust=0.02 trust_clip=True --lr 1.0
     --weight-decay 1e-5 --batch 128 --epochs 400 --warmup 10 --views mri
-  Wolf et al. 2023, small CT sets
+  Wolf et al. 2023, small CT sets; there the rate's cosine is as long as 100 epochs
     --set momentum=0.996 hidden=4096 predictor_hidden=4096 --optimizer adam --lr 1e-3
     --weight-decay 1.5e-6 --batch 64 --epochs 78 --warmup 10 --views slices
 

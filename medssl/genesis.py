@@ -32,7 +32,8 @@ Differences. Study: the work that RECIPE follows.
 - Shuffle in the study's 2D code: 500 blocks, in the first channel only, which leave about a third of the pixels in
   place. Here: as in 3D.
 - Boxes. Here: they keep their distance to the border in proportion (3 pixels of 64).
-- Schedule. Study: half the rate every 40 epochs. Here: a cosine.
+- Schedule. Study: half the rate every 40 epochs by its code, when the loss stands still by its supplement. Here: a
+  cosine.
 - Networks. Study: a plain U-Net with or without skip connections. Here: encoder and decoder are handed in.
 - Accumulation of gradients (one optimiser step from several micro-batches). Here: it equals a larger batch but for
   BatchNorm's statistics.
@@ -49,7 +50,7 @@ RECIPE = {                       # Zhang et al. 2023, the released settings for 
     "lr": 32.0,                  # per 256: 1.0 at batch 8; sigmoid and mean square make very small gradients
     "weight_decay": 0.0,
     "batch": 8,                  # 2D; 6 in 3D
-    "epochs": 240,               # ours: the study stops when 50 epochs bring nothing
+    "epochs": 240,               # ours: the study stops early, with a patience of 50
     "warmup": 0,
     "views": "flips",
     "size": 512,

@@ -27,7 +27,8 @@ Shapes. images (B, C, H, W) -> two views (B, C, h, w), an order (B,), patients (
 Differences. Study: the work that RECIPE follows.
 - Split BatchNorm, Eq. 5. Released code: keys are shuffled across processes, and one process is refused. Study: one GPU
   without it. Here: each process splits its own batch of keys, and its queries share one set of statistics.
-- Head. Study: the published command leaves out its hidden layer, which the notes imply. Here: it is in.
+- Head. Study: the published command leaves out its hidden layer, which its notes on loading
+  imply. Here: it is in.
 - Slow copy. Released code: updated at the start of the next forward. Here: at the end of the step.
 - Queue. Released code: the batch has to divide K. Here: it wraps around.
 - Patients. Here: with `same_patient_negatives=False` rows of the image's own patient are no negatives, since slices of
@@ -41,6 +42,8 @@ Settings of the works that use it, as words of train.py:
   Wolf et al. 2023, small CT sets (RECIPE)
     --set queue_size=65536 momentum=0.999 temperature=0.07 dim=128 --optimizer sgd --lr 0.03 --weight-decay 1e-4
     --batch 128 --epochs 800 --views slices
+  the same as it was run there, on one GPU and with decay of all parameters
+    --set bn_chunks=1 --options decay_all=True
   MoCo v2, on ImageNet; 200 epochs or 800
     --set queue_size=65536 momentum=0.999 temperature=0.2 dim=128 --optimizer sgd --lr 0.03 --weight-decay 1e-4
     --batch 256 --epochs 200 --views contrastive

@@ -42,6 +42,8 @@ Differences.
 Settings of the works that use it, as words of train.py:
   Wolf et al. 2023, small CT sets (RECIPE); ResNet-50, all else is the paper's
     --set mask_ratio=0.6 width=768 --batch 32 --epochs 1600 --warmup 40 --clip 5 --views mild
+  the same with the eps of its code
+    --set eps=1e-6
   the paper, on ImageNet; ResNet-50, optimiser as in RECIPE
     --set mask_ratio=0.6 width=768 eps=1e-6 --batch 4096 --epochs 1600 --warmup 40 --clip 5 --views mild
 """

@@ -34,7 +34,7 @@ LEVELS = {
     "medmoco": (150, ["queue_size=512", "momentum=0.99"], "local", "<", 2.85),
     "spark": (100, ["width=64"], "textured", "<", 0.9),
     "rotation": (80, [], "accuracy", ">", 0.9),
-    "relative": (100, [], "accuracy", ">", 0.8),
+    "relative": (100, ["width=64", "hidden=1024", "depth=1"], "accuracy", ">", 0.8),
     "jigsaw": (100, ["permutations=20", "width=64", "hidden=1024", "depth=2"], "accuracy", ">", 0.8),
     "autoencoder": (120, [], "loss / chance", "<", 0.8),
     "genesis": (120, [], "loss / chance", "<", 0.9),

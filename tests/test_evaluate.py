@@ -191,25 +191,27 @@ def test_it_learns_what_is_there_and_no_more(npz):
 
 
 def test_series(home, capsys, monkeypatch):
-    """Imbalance, resampling, strengths, freezing and checkpoints of one run; test images untouched."""
+    """Imbalance, resampling, strengths, freezing, the optimiser, and checkpoints of one run; test images untouched."""
     tune, drawn = readouts.tune, []
     monkeypatch.setattr(readouts, "tune", lambda *args: drawn.append(
-        (args[1].labels[args[2]], args[4].weights, args[4].head_rate)) or tune(*args))
+        (args[1].labels[args[2]], args[4].weights, args[4].head_rate, args[4].config)) or tune(*args))
     for step in (10, 9):
         Path("many").mkdir(exist_ok=True)
         (Path("many") / f"encoder-{step}.pt").write_bytes((home / "run/encoder.pt").read_bytes())
     Path("many/config.json").write_bytes((home / "run/config.json").read_bytes())
     run("many/encoder-10.pt", "many/encoder-9.pt", "--task", "linear", "finetune", "--imbalance", "1", "8", "--stage",
         "2", "--augment", "S0", "S6", "--resample", "--freeze", "0.4", "--loss", "balanced",
-        "--head-lr", "0.1", "--out", "out", "--steps", "3", "--batch", "16", "--seeds", "1", "--device", "cpu")
+        "--head-lr", "0.1", "--optimizer", "lars", "--lr", "0.02", "--weight-decay", "0.2", "--out", "out", "--steps",
+        "3", "--batch", "16", "--seeds", "1", "--device", "cpu")
     found = json.loads(Path("out/results.json").read_text())
     assert [m["name"] for m in found["models"]] == ["random", "random, normalised", "many@9", "many@10"]
     sizes = {(f["imbalance"], f["augment"]): f["train_images"] for f in found["fits"]}
     # 2 : 2 : 2, 16 : 16 : 2
     assert sizes == {(1, None): 6, (8, None): 34, (1, "S0"): 6, (1, "S6"): 6, (8, "S0"): 34, (8, "S6"): 34}
     assert len(drawn) == 12
-    assert all(np.bincount(labels, weights).tolist() == pytest.approx([1, 1, 1]) and rate == 100
-               for labels, weights, rate in drawn)
+    assert all(np.bincount(labels, weights).tolist() == pytest.approx([1, 1, 1]) and rate == 5
+               for labels, weights, rate, _ in drawn)
+    assert {(config.optimizer, config.lr, config.weight_decay) for *_, config in drawn} == {("lars", 0.02, 0.2)}
     pictures = {path.name for path in Path("out").iterdir()}
     assert {"imbalance-linear.png", "augment-finetune.png", "steps-finetune.png"} <= pictures
     said = capsys.readouterr().out
@@ -303,7 +305,7 @@ def test_wrong_words(home, npz, capsys):
     assert not Path("results").exists()
 
 
-def test_evil_and_damaged_weights(home, capsys):
+def test_evil_and_damaged_weights(home, capsys, monkeypatch):
     class Evil:
         def __reduce__(self):
             return Path.touch, (Path("touched"),)
@@ -312,9 +314,17 @@ def test_evil_and_damaged_weights(home, capsys):
     state = torch.load(home / "run/encoder.pt", weights_only=True)
     torch.save(state | {"bn1.weight": torch.full((8,), float("nan"))}, "nan.pt")
     torch.save({"conv1.weight": torch.zeros(5, 1, 3, 3)}, "other.pt")
-    for name, word in (("evil", "refused"), ("noise", "refused"), ("nan", "not finite"), ("other", "those of none of")):
+    torch.save({f"{side}.{key}": value + (side == "b") for side in "ab" for key, value in state.items()}, "twice.pt")
+    torch.save({"net": {key: value for key, value in state.items() if key != "layer4.0.bn2.bias"}}, "part.pt")
+    monkeypatch.setitem(encoders.ENCODERS, "resnet18-3stages", (encoders.BasicBlock, (1, 1, 1), 8))     # takes the rest
+    for name, word in (("evil", "refused"), ("noise", "refused"), ("nan", "not finite"), ("other", "those of none of"),
+                       ("twice", "as tiny with stem default it holds this encoder more than once, under a. and b.:"),
+                       ("part", "as tiny with stem default it does not fit this encoder, read under net.: 1 missing")):
         assert word in fails(capsys, f"{name}.pt", "--data", home / "set", "--device", "cpu")
     assert not Path("touched").exists()
+    for strange in ({"name": "vit"}, {"stem": ["small"]}):
+        Path("part.json").write_text(json.dumps(strange))
+        assert "part.json: says" in fails(capsys, "part.pt", "--data", home / "set", "--device", "cpu")
     Path("hollow").mkdir()
     assert "neither a run" in fails(capsys, "hollow")
     Path("hollow/encoder.pt").write_bytes((home / "run/encoder.pt").read_bytes())

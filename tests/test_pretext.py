@@ -49,7 +49,7 @@ def test_undoing_the_label_restores_the_image():
     turned, turns = Rotation(tiny_encoder(), plain).views(images)
     assert torch.equal(rotate(turned, -turns), images) and not torch.equal(turned, images)
 
-    centre, other, position = Relative(tiny_encoder(), plain, gap=0, jitter=0).views(images)
+    centre, other, position = Relative(tiny_encoder(), plain, gap=0, jitter=0, width=8, hidden=8).views(images)
     row, column = (position + (position > 3)) // 3 * 6, (position + (position > 3)) % 3 * 6
     for i in range(16):
         assert torch.equal(centre[i], images[i, :, 6:12, 6:12])
@@ -88,7 +88,7 @@ def test_labels_are_uniform():
     torch.manual_seed(0)
     images = torch.zeros(4000, 1, 9, 9)
     assert_uniform(Rotation(tiny_encoder(), plain).views(images)[1], 4)
-    assert_uniform(Relative(tiny_encoder(), plain, gap=0, jitter=0).views(images)[2], 8)
+    assert_uniform(Relative(tiny_encoder(), plain, gap=0, jitter=0, width=8, hidden=8).views(images)[2], 8)
     assert_uniform(Jigsaw(tiny_encoder(), plain, width=8, hidden=8).views(images)[1], 100)
     _, which, turning, masked = Rubik(tiny_encoder(), plain, mask=True).views(images)
     assert_uniform(which, 100)
@@ -167,7 +167,7 @@ def test_relative_leaves_the_gap_and_moves_the_patches():
 
 def test_too_much_gap_is_refused_in_words():
     with pytest.raises(ValueError, match="gap=0.6 and jitter=0.5"):
-        Relative(tiny_encoder(), plain, gap=0.6, jitter=0.5).views(batch(2))
+        Relative(tiny_encoder(), plain, gap=0.6, jitter=0.5, width=8, hidden=8).views(batch(2))
     with pytest.raises(ValueError, match="jitter=-0.1"):
         Jigsaw(tiny_encoder(), plain, jitter=-0.1).views(batch(2))
 
@@ -183,8 +183,9 @@ def test_head_depths_are_the_study_s():
     assert linear_widths(shallow.order_head) == [1024, 1024, 100]
     assert [linear_widths(head) for head in shallow.tile_heads.values()] == [[1024, 9]] * 2
     assert [linear_widths(head) for head in deep.tile_heads.values()] == [[1024, 1024, 9]] * 3
-    assert linear_widths(Relative(tiny_encoder(), plain).head) == [1024, 8]
-    assert linear_widths(Relative(tiny_encoder(), plain, width=2048, hidden=2048, depth=2).head) == [2048, 2048, 8]
+    in_2d, in_3d = Relative(tiny_encoder(), plain), Relative(tiny_encoder(), plain, width=64, hidden=1024, depth=1)
+    assert in_2d.head[0].in_features == 2 * 2048 and linear_widths(in_2d.head) == [2048, 2048, 8]
+    assert linear_widths(in_3d.head) == [1024, 8]
     in_2d, in_3d = Jigsaw(tiny_encoder(), plain), Jigsaw(tiny_encoder(), plain, width=64, hidden=1024, depth=2)
     assert in_2d.head[0].in_features == 9 * 512 and linear_widths(in_2d.head) == [4096, 100]
     assert linear_widths(in_3d.head) == [1024, 1024, 100]

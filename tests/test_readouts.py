@@ -109,12 +109,30 @@ def test_losses_by_hand():
     entropy = -(math.log(0.8) + math.log(0.6)) / 2
     assert readouts.soft_jaccard(shares.log(), targets).item() == pytest.approx(1 - jaccard)
     assert readouts.soft_dice(shares.log(), targets).item() == pytest.approx(1 - dice + entropy)
+    unequal = readouts.soft_jaccard(shares.log(), targets, torch.tensor([1.0, 3.0, 9.0]))
+    assert unequal.item() == pytest.approx(1 - (0.8 / (1.1 + 1 - 0.8) + 3 * 0.6 / (0.7 + 1 - 0.6)) / 4)
     assert readouts.LOSSES["ce"](shares.log(), targets).item() == pytest.approx(entropy)
     weighted = -(math.log(0.8) + 3 * math.log(0.6)) / 4
     balanced = readouts.LOSSES["balanced"](shares.log(), targets, torch.tensor([1.0, 3.0, 9.0]).double())
     assert balanced.item() == pytest.approx(weighted)
     # 30 * 2/3 = 10 * 2
     assert readouts.balanced_weights([30, 10, 0]).tolist() == pytest.approx([40 / 60, 2, 0])
+
+
+def test_grades_by_hand():
+    """Square distance to the grade; the nearest grade is the answer, so thresholds lie at .5, 1.5, ..."""
+    class Given(nn.Module):
+        dim = 1
+
+        def forward(self, x):
+            return x
+    method = readouts.Grader(Given(), None, 4)
+    assert method.head.bias.item() == 1.5
+    method.head.weight.data.fill_(1)
+    method.head.bias.data.zero_()
+    outputs = torch.tensor([[-3.0], [0.4], [0.6], [1.4], [2.6], [7.0]])
+    assert method.answer(outputs).argmax(1).tolist() == [0, 0, 1, 1, 3, 3]
+    assert method(outputs[1:3], torch.tensor([2, 0]))["loss"].item() == pytest.approx((1.6 ** 2 + 0.6 ** 2) / 2)
 
 
 def test_masks_take_the_way_of_the_images():
@@ -389,14 +407,18 @@ def test_settled_is_seldom_wrong_and_often_found():
     assert simulate(4 * math.sqrt(0.2 ** 2 / 40 + 0.02 ** 2 / 3), 300) > 0.8
 
 
-def test_neighbours_are_so_few_that_a_small_class_can_win():
+def test_neighbours_are_so_few_that_a_small_class_can_win(monkeypatch):
     labels = np.array([0] * 30 + [1] * 3 + [0, 1])
     rows = {"train": np.arange(33), "val": np.arange(0), "test": np.arange(33, 35)}
     target = subsets.Target(labels, ("a", "b"), labels, rows)
-    study = Study(Settings(), None, torch.device("cpu"), [], np.arange(35), targets={"labels": target},
-                  kept={("random", None): (torch.ones(35, 3), "")})
-    tasks.run(study, tasks.Cell("knn", "1.0"), Model("random", "tiny", "default"), 0)
-    assert study.notes == ["knn: 5 neighbours, as the smallest class has 3 training images in some cells"]
+    asked, note = [], "knn: 5 neighbours, as the smallest class has 3 training images in some cells"
+    monkeypatch.setattr(tasks, "knn", lambda *words: asked.append(words[3]) or knn(*words))
+    for neighbours, notes in ((20, [note]), (4, [])):
+        study = Study(Settings(neighbours=neighbours), None, torch.device("cpu"), [], np.arange(35),
+                      targets={"labels": target}, kept={("random", None): (torch.ones(35, 3), "")})
+        tasks.run(study, tasks.Cell("knn", "1.0"), Model("random", "tiny", "default"), 0)
+        assert study.notes == notes
+    assert asked == [5, 4]
 
 
 def test_a_class_that_is_never_predicted_is_named():

@@ -175,6 +175,27 @@ def test_the_list_names_every_study_and_every_claim(capsys):
         assert text in said
 
 
+def test_rows_differ_as_the_works_have_them():
+    def rows(name):
+        return {each.row: each.words for each in STUDIES[name].commands(given_of()) if isinstance(each, Run)}
+
+    def read(name):
+        return [each for each in STUDIES[name].commands(given_of()) if isinstance(each, Evaluation)]
+    rubik, apart = rows("rubik"), "--set gap=0.2 jitter=0.1"
+    assert rubik == {"shallow": apart, "deep": f"{apart} deep_heads=True", "edges": "--set gap=0.0 jitter=0.0",
+                     "plus": f"{apart} mask=True"}
+    assert rows("pcrl") == {"here": "", "released": "--set hidden=128", "unpainted": "--set paint=0.0",
+                            "plain": "--set decoder.skips=False"}
+    assert set(rows("labels")) >= {"spark", "moco", "swav", "byol"}
+    assert all(len(each.series["labels"]) >= 5 for each in read("labels"))
+    assert {task for each in read("collapse") for task in each.tasks} >= {"segment", "unet", "collapse"}
+    assert all(each.kept for each in STUDIES["domain_epochs"].commands(given_of())
+               if isinstance(each, Run) and each.row == "domain")
+    assert {(each.row, each.data) for each in STUDIES["duplicates"].commands(given_of()) if isinstance(each, Run)} == {
+        (f"{name}_{kind}", path) for name in ("simclr", "swav", "spark")
+        for kind, path in (("kept", "set"), ("removed", "set-removed"))}
+
+
 @pytest.mark.parametrize("name", STUDIES)
 def test_all_words_of_a_study_are_known_to_the_scripts(name, tmp_path):
     for kinds in ((True, True), (True, False), (False, True)):

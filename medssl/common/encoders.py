@@ -133,6 +133,11 @@ def build(name, channels=1, stem="default", mean=None, std=None):
     return encoder
 
 
+def exported(method):
+    """The encoder that is kept of a method: the one that it names, else the one that is trained."""
+    return getattr(method, "exported", method.encoder)
+
+
 # ---- files of weights
 
 def save(encoder, path):
@@ -171,11 +176,11 @@ def load(source, encoder, note=lambda line: None):
         if stem and known.get("stem", stem) != stem:
             made = known["stem"]
             raise UserError(f"{source}: was made with stem {made}, this encoder has stem {stem}: choose --stem {made}")
-        if "stem" not in known and stem in ("default", "nopool"):
-            note(f"{source} does not say its stem, and default and nopool have the same keys: {stem} is assumed")
-    state, prefix, left_out = choose(source, encoder, known)
-    if prefix or left_out:
-        besides = ", ".join(f"{name} ({count})" for name, count in left_out.items()) or "nothing"
+    state, prefix, rest = choose(source, encoder, known)
+    if not isinstance(source, dict) and "stem" not in known and stem in ("default", "nopool"):
+        note(f"{source} does not say its stem, and default and nopool have the same keys: {stem} is assumed")
+    if prefix or rest:
+        besides = ", ".join(f"{name} ({count})" for name, count in rest.items()) or "nothing"
         note(f"taken: the tensors under {prefix or 'no prefix'}; left out: {besides}")
     own = encoder.state_dict()
     encoder.load_state_dict(state, strict=False)                            # all keys were compared
@@ -187,9 +192,17 @@ def weights_file(path):
     return path / "encoder.pt" if path.is_dir() else path
 
 
-def fitting(source, encoder):
-    """What `load` takes, as a state dict with this encoder's keys and shapes; or a UserError: what does not fit."""
-    return choose(source, encoder, {})[0]
+def left_out(source, encoder):
+    """What `load` would leave out of it, {name: number of tensors}; or Unfit: why it cannot be loaded."""
+    return choose(source, encoder, {})[2]
+
+
+class Unfit(UserError):
+    """Weights that an encoder does not take. matched: how many of its tensors they have, in key and shape."""
+
+    def __init__(self, line, matched):
+        super().__init__(line)
+        self.matched = matched
 
 
 # Where a file holds the network twice, the one that was trained by gradients is taken and not the copy that follows it;
@@ -206,20 +219,22 @@ def choose(source, encoder, known):
     readings = {prefix: read(flat, prefix, keys, encoder, name) for prefix, keys in found.items() if len(keys) == most}
     whole = [prefix for prefix, (_, faults, _) in readings.items() if not faults]
     if not whole:
-        raise UserError(f"{name}: {refusal(flat, readings, encoder, known)}")
+        own = encoder.state_dict()
+        matched = [sum(own[key].shape == state[key].shape for key in state) for state, _, _ in readings.values()]
+        raise Unfit(f"{name}: {refusal(flat, readings, encoder, known)}", max(matched, default=0))
     trained = sorted([prefix for prefix in whole if not NOT_TAKEN.search(prefix)] or whole, key=len)
-    state, _, left_out = readings[trained[0]]
+    state, _, rest = readings[trained[0]]
     for prefix in trained[1:]:
         if not all(torch.equal(state[key], value) for key, value in readings[prefix][0].items()):
-            raise UserError(f"{name}: holds this encoder more than once, under {trained[0]} and {prefix}: save the one "
-                            "that you mean alone")
-    return state, trained[0], left_out
+            raise Unfit(f"{name}: holds this encoder more than once, under {trained[0]} and {prefix}: save the one "
+                        "that you mean alone", len(state))
+    return state, trained[0], rest
 
 
 def refusal(flat, readings, encoder, known):
     """Why no prefix fits, in words."""
     if not flat:
-        return "not a state dict of tensors"
+        return "is not a state dict of tensors"
     if not readings:
         return f"has none of this encoder's keys, but {', '.join(list(flat)[:3])}: a network of another kind"
     prefix, (state, faults, _) = next(iter(readings.items()))

@@ -109,7 +109,7 @@ def fit(method, dataset, config, rows=None, weights=None, groups=None):
             if logging:
                 log.write(record)
             if config.keep_every and (step + 1) % config.keep_every == 0 and config.out and rank == 0:
-                encoders.save(getattr(method, "exported", method.encoder), Path(config.out) / f"encoder-{step + 1}.pt")
+                encoders.save(encoders.exported(method), Path(config.out) / f"encoder-{step + 1}.pt")
             if last or (step + 1) % config.save_every == 0:
                 stop_at(first_bad, config)
                 save(config, step + 1, method, optimizer, scaler, rank)
@@ -196,7 +196,7 @@ def save(config, step, method, optimizer, scaler, rank):
     files.save_torch(Path(config.out) / "checkpoint.pt", {
         "step": step, "method": method.state_dict(), "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict()})
-    encoders.save(getattr(method, "exported", method.encoder), Path(config.out) / "encoder.pt")
+    encoders.save(encoders.exported(method), Path(config.out) / "encoder.pt")
 
 
 def restore(config, method, optimizer, scaler, rank):
@@ -211,5 +211,5 @@ def restore(config, method, optimizer, scaler, rank):
     except (RuntimeError, ValueError, KeyError):
         raise UserError(f"{path}: belongs to another method, encoder or optimiser than this run's") from None
     if rank == 0:
-        encoders.save(getattr(method, "exported", method.encoder), path.with_name("encoder.pt"))
+        encoders.save(encoders.exported(method), path.with_name("encoder.pt"))
     return state["step"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from . import features, feed, metrics, plots, sheets
+from . import encoders, features, feed, metrics, plots, sheets
 
 KNOWN, ASKED = 1500, 500                            # training images that a kNN knows, validation images it is asked
 
@@ -67,7 +67,7 @@ class Monitor:
     @torch.no_grad()
     def look(self, method):
         """The numbers of this moment, for the log; spectrum.png and restored.png."""
-        encoder = getattr(method, "exported", method.encoder)
+        encoder = encoders.exported(method)
         seen = self.features(encoder, self.fixed)
         self.spectra["trained"] = metrics.spectrum(seen)
         self.latest = {"rank_me": float(metrics.rank_me(seen))}

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .data import find
+from .data import find, readers
 from .data.dataset import LEARNT_FROM
 from .errors import UserError
 
@@ -56,10 +56,8 @@ def some_shapes(source, most=16):
     shapes = []
     with contextlib.suppress(ValueError, OSError, KeyError, zipfile.BadZipFile):
         if source.kind == "npz":                                            # says it in its head, without unpacking
-            with zipfile.ZipFile(source.path) as archive, archive.open("train_images.npy") as file:
-                version = np.lib.format.read_magic(file)
-                header = {(1, 0): np.lib.format.read_array_header_1_0}.get(version, np.lib.format.read_array_header_2_0)
-                return [header(file)[0][1:]]
+            with zipfile.ZipFile(source.path) as archive:
+                return [readers.npz_header(archive, "train_images")[0][1:]]
         with tempfile.TemporaryDirectory() as folder:
             read = source.open(folder)[0]
             for row in sorted(set(np.linspace(0, len(source.names) - 1, most).astype(int).tolist())):

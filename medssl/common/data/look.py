@@ -106,7 +106,7 @@ def draw(dataset, path):
     titles = None
     if dataset.labels is not None:
         titles = [dataset.classes[label] if label >= 0 else "no label" for label in dataset.labels[rows]]
-    images = dataset.images[rows] / np.float32(np.iinfo(dataset.images.dtype).max)
+    images = pixels.unit(dataset.images[rows])
     masks = [] if dataset.masks is None else [dataset.masks[rows]]
     sheets.sheet([("", images, *masks)], path, titles=titles, columns=8)
 
@@ -127,7 +127,7 @@ def report_volumes(source, path, size=192):
         print(f"  {source.names[row]}: {pixels.by(array.shape)}, values {np.nanmin(array):g} to {np.nanmax(array):g}"
               + (f", mask {pixels.by(mask.shape)} of {len(np.unique(mask))} classes" if mask is not None else ""))
         picture = pixels.fitted(pixels.eight_bits(layers[middle], low, high), size, "pad")
-        pictures.append(pixels.planes(picture, 3) / 255)                    # (3, size, size)
+        pictures.append(pixels.unit(pixels.planes(picture, 3)))                   # (3, size, size)
         masks.append(np.full((size, size), NO_MASK, np.uint8))
         if mask is not None and mask.shape == array.shape:
             layer = pixels.slices(mask, source.names[row], 0)[middle].astype(np.uint8)

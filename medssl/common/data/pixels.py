@@ -20,6 +20,11 @@ def by(shape):
     return " x ".join(map(str, shape))
 
 
+def unit(images):
+    """Whole numbers as float32 in [0, 1]: the largest that the type can hold becomes 1."""
+    return images / np.float32(np.iinfo(images.dtype).max)
+
+
 # ---- what a file held
 
 def single(image, name, dtype=None):

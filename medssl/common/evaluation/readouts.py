@@ -93,20 +93,21 @@ def overlap(logits, targets):
     return (shares * truth).sum(pixels), shares.sum(pixels), truth.sum(pixels)
 
 
-def one_minus(ratio, true):
-    """1 - the mean over the classes that the batch holds."""
-    return 1 - (ratio * (true > 0)).sum() / (true > 0).sum()
+def one_minus(ratio, true, class_weights=1.0):
+    """1 - the weighted mean over the classes that the batch holds."""
+    weights = (true > 0) * class_weights
+    return 1 - (ratio * weights).sum() / weights.sum()
 
 
 def soft_dice(logits, targets, class_weights=None):
-    """Soft Dice + cross-entropy."""
+    """Soft Dice, in which all classes weigh alike, + weighted cross-entropy."""
     both, predicted, true = overlap(logits, targets)
     return one_minus(2 * both / (predicted + true), true) + F.cross_entropy(logits, targets, class_weights)
 
 
-def soft_jaccard(logits, targets, class_weights=None):
+def soft_jaccard(logits, targets, class_weights=1.0):
     both, predicted, true = overlap(logits, targets)
-    return one_minus(both / (predicted + true - both), true)
+    return one_minus(both / (predicted + true - both), true, class_weights)
 
 
 LOSSES = {"ce": F.cross_entropy, "balanced": F.cross_entropy, "dice": soft_dice, "jaccard": soft_jaccard}

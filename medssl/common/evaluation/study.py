@@ -227,19 +227,25 @@ def describe(path, where):
 
 def guess(state, where, file):
     """The encoder and the stem that are asked for, that the file's neighbour names, or that keys and shapes fit."""
-    known = encoders.about(file)
+    known, refused = encoders.about(file), []
     name, stem = where.encoder or known.get("name"), where.stem or known.get("stem")
+    for value, choices in ((name, encoders.ENCODERS), (stem, encoders.STEMS)):
+        if value and value not in tuple(choices):
+            raise UserError(f"{file.with_suffix('.json')}: says {value}, which is none of {', '.join(choices)}; put it "
+                            "right or remove it")
     for kind in [name] if name else encoders.ENCODERS:
         for first in [stem] if stem else ("default", "small"):              # "nopool" has the keys of "default"
             try:
                 with torch.device("meta"):                                  # shapes without numbers
-                    encoders.fitting(state, encoders.build(kind, 1, first))
-                return kind, first
-            except UserError as error:
-                why = str(error).removeprefix("the state dict: ")
-    if name:
-        raise UserError(f"{file}: {why}")
-    raise UserError(f"{file}: its keys and shapes are those of none of {', '.join(encoders.ENCODERS)}")
+                    besides = encoders.left_out(state, encoders.build(kind, 1, first))
+            except encoders.Unfit as error:
+                refused.append((error.matched, f"as {kind} with stem {first} it " + str(error).partition(": ")[2]))
+            else:
+                if name or "layer4" not in besides:                         # else a larger network, and a part is lost
+                    return kind, first
+    why = max(refused, key=lambda each: each[0])[1]
+    none = "" if name else f"its keys and shapes are those of none of {', '.join(encoders.ENCODERS)}; "
+    raise UserError(f"{file}: {none}{why}")
 
 
 def open_network(model, study):
