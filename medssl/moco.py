@@ -27,8 +27,7 @@ Shapes. images (B, C, H, W) -> two views (B, C, h, w), an order (B,), patients (
 Differences. Study: the work that RECIPE follows.
 - Split BatchNorm, Eq. 5. Released code: keys are shuffled across processes, and one process is refused. Study: one GPU
   without it. Here: each process splits its own batch of keys, and its queries share one set of statistics.
-- Head. Study: the published command leaves out its hidden layer, which its notes on loading
-  imply. Here: it is in.
+- Head. Study: the published command leaves out its hidden layer, which its notes on loading imply. Here: it is in.
 - Slow copy. Released code: updated at the start of the next forward. Here: at the end of the step.
 - Queue. Released code: the batch has to divide K. Here: it wraps around.
 - Patients. Here: with `same_patient_negatives=False` rows of the image's own patient are no negatives, since slices of

@@ -17,7 +17,7 @@ from tests.two_process import CONTEXT, HELPERS, helper
 if not torch.cuda.is_available():
     torch.manual_seed = torch.random.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))
 
-MANY = 100                         # fewer tests than this run one after the other: somebody is looking for an error
+MANY = 24                          # fewer tests than this run one after the other
 DONE = "done"
 
 
