@@ -1,9 +1,8 @@
 """What a run is like where no flag says it.
 
 `--preset paper` is the method's RECIPE as it stands. `--preset small`, the default, is for up to some tens of
-thousands of images on two CPU cores or one small GPU, minutes to half an hour: a small network, AdamW, size and length
-by the set. What a method needs there stands beside its RECIPE as SMALL: words of its constructor, and the keys named
-in RESERVED.
+thousands of images on two CPU cores or one small GPU, for minutes: a small network, AdamW, size and length by the set.
+What a method needs there stands beside its RECIPE as SMALL: words of its constructor, and the keys named in RESERVED.
 """
 
 import contextlib
@@ -22,7 +21,7 @@ SMALL = {"encoder": "tiny", "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.
 SIDES = 64, 96              # the images' own side rounded to a multiple of 32, but from .. to so many pixels
 PASSES = 200                # over the images; but
 LEAST = 500                 # at least so many steps, on phantoms just these, unless SMALL says another number; and
-MINUTES = 8                 # no more steps than fit into so many minutes, if
+MINUTES = 8                 # no more steps than fit into so many minutes (RESULTS: kNN stands still by then), if
 PACE = 35e9                 # two CPU cores do so many operations a second (measured: 26 with pcrl to 52 with byol)
 QUEUE = 1 / 4               # of the images is what a queue holds at most
 IN_COLOUR = {"ct": "histology", "slices": "histology"}              # views made for gray slices -> for colour images
