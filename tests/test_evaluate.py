@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import evaluate
-from medssl.common import cli, encoders, metrics
+from medssl.common import cli, encoders, metrics, plots
 from medssl.common.data import Dataset
 from medssl.common.evaluation import keep, readouts, report, scores, study, subsets, tasks
 from medssl.common.evaluation.study import Cell, Model, Settings, Study
@@ -381,12 +381,15 @@ def test_intervals_draw_whole_patients():
 
 
 def test_each_seed_has_its_own_order_and_head(home, monkeypatch):
-    tune, seen = readouts.tune, []
+    """And bars are drawn of the models that were fitted only."""
+    tune, bars, seen, drawn = readouts.tune, plots.bars, [], []
+    monkeypatch.setattr(plots, "bars", lambda chart, path: drawn.append(chart.groups) or bars(chart, path))
     monkeypatch.setattr(readouts, "tune", lambda method, *rest: seen.append(
         (rest[3].config.seed, readouts.fingerprint(method.head))) or tune(method, *rest))
     run(home / "run", "--task", "finetune", "--out", "out", *FAST)
     # the same heads on both encoders
     assert len(seen) == 4 and {seed for seed, _ in seen} == {0, 1} and len({head for _, head in seen}) == 2
+    assert drawn == [["random", "run"]]
 
 
 # ---- features of other programs, stages, changed images, going on

@@ -87,7 +87,8 @@ def levels(study, task):
 
 def draw_scores(study, summaries, path):
     """Bars for the first cell of every task."""
-    names, series, intervals, chances = [m.name for m in study.models], {}, {}, {}
+    there = {s.model for s in summaries}                                    # a normalised network is never trained
+    names, series, intervals, chances = [m.name for m in study.models if m.name in there], {}, {}, {}
     for task in dict.fromkeys(s.cell.task for s in summaries):
         start = next(s for s in summaries if s.cell.task == task)
         own = {s.model: s for s in summaries if s.cell == start.cell}
