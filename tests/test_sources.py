@@ -95,10 +95,14 @@ def test_phantoms_at_the_command_line(tmp_path, capsys, monkeypatch):
     np.testing.assert_array_equal(ready.masks, made.masks)
     assert [ready.classes[label] for label in ready.labels] == [made.classes[label] for label in made.labels]
     assert ready.splits.tolist() == made.splits.tolist() and ready.groups.tolist() == made.groups.tolist()
-    for words, wrong in ((["--split", "0.5", "0", "0.5"], "has splits already"), (["--group-by", "p"], "--group-by"),
-                         (["--seed", "-1"], "--seed"), (["--size", "99999"], "--size")):
+    monkeypatch.setattr(phantoms, "make", lambda *_: pytest.fail("drew the phantoms"))
+    for words, wrong in (["--split 0.5 0 0.5", "have splits already"], ["--group-by p", "--group-by"]):
         with pytest.raises(UserError, match=wrong):
-            prepare.main(["phantoms", "--to", "other", *words])
+            prepare.main(["phantoms", "--to", "other", *words.split()])
+    for flag, value in ("--seed", "-1"), ("--seed", str(2**63)), ("--size", "99999"):
+        with pytest.raises(SystemExit):
+            prepare.main(["phantoms", "--to", "other", flag, value])
+        assert flag in capsys.readouterr().err
     monkeypatch.setattr(phantoms, "make", lambda size, seed: (_ for _ in ()).throw(MemoryError()))
     with pytest.raises(UserError, match="memory"):
         data.load("phantoms", size=30000)

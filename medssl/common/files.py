@@ -7,7 +7,7 @@ import os
 import pickle
 import time
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -153,6 +153,9 @@ def rounded(record):
 
 
 def read_log(path):
-    """The records of a log.jsonl, as far as they are whole."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    """The records of a log.jsonl, as far as they are whole: a power cut may leave half a line, or zeros."""
+    records = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict) and "step" in record]
