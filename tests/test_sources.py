@@ -118,6 +118,21 @@ def test_several_labels_are_said(tmp_path, capsys):
     assert "14 labels per image" in said(capsys, tmp_path / "set.npz", "--to", tmp_path / "ready")
 
 
+def test_a_table_with_several_labels_says_so(tmp_path, capsys):
+    for n in range(3):
+        save(tmp_path / f"set/{n}.png", pixels(n))
+    table(tmp_path / "set", "file,label\n0.png,mass|nodule\n1.png,nodule\n2.png,\n")
+    assert data.load(tmp_path / "set").labels is None
+    assert "up to 2 labels per image: none of them" in capsys.readouterr().out
+    table(tmp_path / "set", "file,mass,nodule\n0.png,1,1\n1.png,0,1\n2.png,0,0\n")
+    assert data.load(tmp_path / "set").labels is None
+    assert "--label learns from one of mass, nodule" in capsys.readouterr().out
+    assert data.load(tmp_path / "set", label="nodule").classes == ("0", "1") and not capsys.readouterr().out
+    table(tmp_path / "set", "file,split,group\n0.png,train,1\n1.png,train,2\n2.png,test,3\n")
+    data.load(tmp_path / "set")
+    assert not capsys.readouterr().out
+
+
 def test_one_class_folder_is_said(tmp_path, capsys):
     for n in range(3):
         save(tmp_path / f"set/normal/{n}.png", pixels(n))
