@@ -5,6 +5,7 @@ import torch
 from PIL import Image
 
 from medssl.common import pen, plots, sheets
+from medssl.common.evaluation import figures
 
 BLUE, ORANGE = pen.COLOURS[:2]
 
