@@ -136,11 +136,11 @@ def parse(argv):
 
 
 def add_flags(add):
-    add("runs", nargs="*", help="folders of runs, files of weights (as train.py --init takes them), .npz files of "
-        "features; none: the random encoders alone")
-    add("--data", help="default: the first run's; 'phantoms' is built in")
-    add("--label", help="column of split.csv (default: the first run's)")
-    add("--size", type=cli.positive, help="side of the images (default: the first run's)")
+    add("runs", nargs="*", type=cli.filled, help="folders of runs, files of weights (as train.py --init takes "
+        "them), .npz files of features; none: the random encoders alone")
+    add("--data", type=cli.filled, help="default: the first run's; 'phantoms' is built in")
+    add("--label", type=cli.filled, help="column of split.csv (default: the first run's)")
+    add("--size", type=cli.side, help="side of the images (default: the first run's)")
     add("--channels", type=int, choices=(1, 3), help="default: the first run's, else as the images are")
     add("--encoder", choices=encoders.ENCODERS, help="of weights whose keys leave it open, and of random rows alone")
     add("--stem", choices=encoders.STEMS, help="likewise")
@@ -171,12 +171,14 @@ def add_flags(add):
         help="patient: class shares are averaged over a patient's images too, and scored by patient beside by image")
     add("--patient-label", choices=("max",), help="of a patient with several classes: the last one, as of grades")
     add("--seeds", type=cli.positive, default=3, help="of subsets, heads, order and the random encoder")
-    add("--out", metavar="DIR", help="default: results/NAME, numbered")
-    add("--export", metavar="FILE", help="the one encoder, with torchvision's key names; and FILE-rgb for 3 channels")
-    add("--features", metavar="FILE.npz", help="pooled features of all images, with labels, patients and splits")
+    add("--out", type=cli.filled, metavar="DIR", help="default: results/NAME, numbered")
+    add("--export", type=cli.filled, metavar="FILE",
+        help="the one encoder, with torchvision's key names; and FILE-rgb for 3 channels")
+    add("--features", type=cli.filled, metavar="FILE.npz",
+        help="pooled features of all images, with labels, patients and splits")
     add("--device", type=cli.device, default="auto")
     add("--amp", choices=("off", "bf16", "fp16"), default="off", help="where the loop trains")
-    add("--cache", metavar="DIR", help="where decoded images are kept")
+    add("--cache", type=cli.filled, metavar="DIR", help="where decoded images are kept")
 
 
 def one_or_more(text):

@@ -72,11 +72,7 @@ def main(argv=None):
 
 def begin(args):
     """The settings of a new run, and how many operations an image costs in a forward pass."""
-    names = args.method.split("+")
-    for name in names:
-        cli.one_of(name, [n for n in METHODS if n != "together"], "method")
-    if len(set(names)) < len(names):
-        raise UserError(f"--method {args.method}: no part may stand twice")
+    names = settled.names_of(args.method, METHODS)
     return settled.settle(args, METHODS, names, presets.look(args.data, args.label))
 
 
@@ -183,7 +179,7 @@ def parse(argv):
     add("--encoder", choices=encoders.ENCODERS, help="default: the preset's, as for all that is not given")
     add("--stem", choices=encoders.STEMS,
         help="first layers: default (total stride 32), nopool (16), small (8; below 40 pixels)")
-    add("--size", type=cli.positive, help="side of the images in pixels (small: as they are, but 64 to 96)")
+    add("--size", type=cli.side, help="side of the images in pixels (small: as they are, but 64 to 96)")
     add("--channels", type=int, choices=(1, 3), help="default: as the images are")
     add("--batch", type=cli.positive, help="images per step, over all processes and micro-batches")
     add("--accum", type=cli.positive, default=1, help="micro-batches per step")

@@ -14,6 +14,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -107,10 +108,30 @@ def walk(w):
 def draw_images(w, count=6):
     """Step 1."""
     rows = w.some[:count]
-    sheets.sheet([("", feed.batch(w.dataset.images, rows, CPU))], w.folder / "images.png",
+    images = feed.batch(w.dataset.images, rows, CPU)                        # (count, 1, H, W)
+    lesion = torch.from_numpy(lesions(len(w.dataset), w.size)[rows]).float()[:, None]
+    rim = F.max_pool2d(lesion, 3, 1, 1) > lesion                            # the pixels around it
+    outlined = torch.where(rim, torch.tensor(COLOURS[1]).view(3, 1, 1) / 255, images)       # (count, 3, H, W)
+    sheets.sheet([("image", images.expand(-1, 3, -1, -1)), ("lesion", outlined)], w.folder / "images.png",
                  titles=[w.dataset.classes[label] for label in w.dataset.labels[rows]])
     counts = np.bincount(w.dataset.labels)
     w.facts["classes"] = ", ".join(f"{count} {name}" for count, name in zip(counts, w.dataset.classes))
+
+
+def lesions(count, size):
+    """Where lesions lie in the built-in set, (N, H, W): it is drawn once more, and what they change is overheard. The
+    set's own masks are of organs."""
+    changed = []
+
+    class Overheard(phantoms._Scene):
+        def draw_lesions(self, kind):
+            before = self.hu.copy()
+            labels = super().draw_lesions(kind)
+            changed.append(np.abs(self.hu - before) > 20)
+            return labels
+    with mock.patch.object(phantoms, "_Scene", Overheard):
+        phantoms.make(count, size)
+    return np.concatenate(changed)
 
 
 def draw_views(w, method, count=6):

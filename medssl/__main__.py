@@ -24,14 +24,14 @@ def main(argv=None):
     args = parse(argv)
     if args.method is None:
         return overview()
-    names = args.method.split("+")
-    for name in names:
-        cli.one_of(name, [n for n in METHODS if n != "together"], "method")
-    for name in (*names, "together")[:len(names) + (len(names) > 1)]:
-        print(sys.modules[METHODS[name].__module__].__doc__)
+    names = settings.names_of(args.method, METHODS)
     out = Path(args.out or f"{args.method}.png")
+    if out.suffix != ".png" or out.is_dir():
+        raise UserError(f"--out {out}: a file that ends in .png")
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}")
+    for name in (*names, "together")[:len(names) + (len(names) > 1)]:
+        print(sys.modules[METHODS[name].__module__].__doc__)
     dataset, networks = trained(args) if args.run else untrained(args, names)
     with cli.told(args.method, *(sys.modules[METHODS[name].__module__].__file__ for name in names)):
         portraits.portrait(networks, dataset, portraits.some_rows(dataset)).save(out)
@@ -57,6 +57,8 @@ def parse(argv):
     add("--run", type=cli.filled, metavar="FOLDER", help="of train.py, for a trained network beside a random one")
     add("--out", type=cli.filled, metavar="FILE.png", help="the picture (default: METHOD.png)")
     args = parser.parse_args(argv)
+    if args.method is None and (args.data or args.run or args.out):
+        parser.error("name a method, such as simclr")
     args.data = args.data or (None if args.run else "phantoms")
     return args
 

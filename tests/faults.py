@@ -456,7 +456,7 @@ FAULTS = {                                                                  # fi
         ("changed files not noticed", "{stat.st_size} {stat.st_mtime_ns}", "{stat.st_size}", "data -k cache"),
         ("padded at one side", "top, left = (size - rows) // 2, (size - columns) // 2", "top, left = 0, 0",
          "data -k masks_take"),
-        ("moments of 16 bits", "mean(2) / top ** 2", "mean(2) / top", "data -k moments"),
+        ("moments of 16 bits", "sums[1] / top ** 2", "sums[1] / top", "data -k moments"),
         ("the whole match for the group", "match.group(bool(match.re.groups))", "match.group(0)",
          "data -k class_folders"),
         ("the column group not read", 'column("group")', 'column("patient")', "data -k split_csv or refused_tables"),

@@ -3,6 +3,7 @@ import os
 import shutil
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 
 from medssl.common import data
 from medssl.common.data import cache, copies, decode, prepare, readers
+from medssl.common.data import dataset as sets
 from medssl.common.data.layouts import find
 
 SHARED = Path(__file__).parents[2] / "shared/data"
@@ -434,6 +436,29 @@ def test_moments_of_16_bits_are_shares_of_the_full_scale(tmp_path):
     dataset = data.load(tmp_path / "set")
     wanted = [(image / 65535).mean(), (image / 65535).std()]
     np.testing.assert_allclose([*dataset.mean, *dataset.std], wanted, rtol=1e-4)
+
+
+def test_a_large_picture_is_copied_once_at_most(tmp_path, monkeypatch):
+    """Of the decoder's way behind the file: fitting, hash, moments. What Pillow takes is not counted."""
+    for module, name in (decode, "CHUNK"), (sets, "BLOCK"), (decode.pixels, "WHOLE"):
+        monkeypatch.setattr(module, name, 2 ** 14)
+    monkeypatch.setattr(decode, "BUFFER", 2 ** 10)
+    picture = np.random.default_rng(0).integers(0, 256, (1000, 1000, 3), np.uint8)
+    (tmp_path / "set").mkdir()
+    np.save(tmp_path / "set/1.npy", picture)                                # memory-mapped, so not counted either
+    for size, most in (1000, 1.6), (60, 0.7):                               # planes; or a channel, then two of its rows
+        data.load(tmp_path / "set", size=size, cache=tmp_path / "warm")
+        tracemalloc.start()
+        dataset = data.load(tmp_path / "set", size=size, cache=tmp_path / "cache")
+        memory = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert memory < most * picture.nbytes
+        by_channel = [Image.fromarray(picture[..., c]).resize((size, size), Image.BILINEAR) for c in range(3)]
+        assert np.array_equal(dataset.images[0], np.stack(by_channel))
+    monkeypatch.undo()
+    whole = np.asarray(Image.fromarray(picture).resize((60, 60), Image.BILINEAR))
+    assert np.array_equal(dataset.images[0], whole.transpose(2, 0, 1))      # as the channels together
+    assert np.allclose(dataset.mean, (dataset.images[0] / 255.).mean((1, 2)), atol=1e-6)
 
 
 def test_split_takes_the_moments_of_its_training_images():

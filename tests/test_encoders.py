@@ -1,5 +1,6 @@
 """The encoder equals torchvision's to the number, and weights go in and out under the same names."""
 
+import contextlib
 import functools
 import importlib
 import json
@@ -13,6 +14,7 @@ import torch
 
 from medssl import byol, moco, together
 from medssl.common import encoders, files
+from medssl.common.errors import UserError
 from tests.common import Flip, golden, tiny_encoder
 
 
@@ -319,6 +321,22 @@ def test_files_are_whole_or_absent(tmp_path):
             temporary.write_text("half")
             raise RuntimeError
     assert (tmp_path / "a.txt").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_whatever_a_damaged_file_raises_becomes_a_line(tmp_path):
+    """torch's unpickler trusts that what it reads is well formed."""
+    torch.save({"a": torch.zeros(2), "b": {"c": 1}}, tmp_path / "a.pt")
+    whole, raised = (tmp_path / "a.pt").read_bytes(), set()
+    start = whole.index(b"PK") + 60
+    for at in range(start, start + 160, 2):
+        (tmp_path / "a.pt").write_bytes(whole[:at] + bytes([whole[at] ^ 3]) + whole[at + 1:])
+        with contextlib.suppress(UserError):
+            files.load_torch(tmp_path / "a.pt")
+        try:
+            torch.load(tmp_path / "a.pt", weights_only=True)
+        except Exception as error:
+            raised.add(type(error).__name__)
+    assert raised >= {"UnpicklingError", "RuntimeError"} and len(raised) > 3
 
 
 def test_first_weights_are_scaled_to_their_fan():

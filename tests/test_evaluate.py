@@ -468,6 +468,12 @@ def test_a_stopped_evaluation_goes_on(home, monkeypatch, capsys):
     first = len(done)
     done.clear()
     monkeypatch.setattr(tasks, "run", lambda *args: done.append(args[1:]) or original(*args))
+    fit = min(Path("out/fits").iterdir())
+    whole = fit.read_bytes()
+    for damaged in whole[:-100], whole.replace(b"facts", b"farts"):
+        fit.write_bytes(damaged)
+        assert f"{fit}: damaged" in fails(capsys, *words)
+    fit.write_bytes(whole)
     run(*words)
     assert len(done) == 2 * 8 - first                                       # nothing was fitted twice
     monkeypatch.setattr(tasks, "run", original)

@@ -396,6 +396,12 @@ def test_an_encoder_that_is_kept_is_there_before_its_checkpoint(tmp_path, monkey
     assert written.index("encoder-1.pt") < written.index("checkpoint.pt")
 
 
+def test_of_a_damaged_log_the_whole_lines_are_read(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b'{"step": 1}\n\0\0\0{"step": 2}\n\xff}\n{"loss": 3}\n[]\n{"step": 4}\n{"step": 5, "lo')
+    assert files.read_log(path) == [{"step": 1}, {"step": 4}]
+
+
 def test_misuse_is_told_in_one_line(tmp_path):
     with pytest.raises(ValueError, match="must divide"):
         run(Reconstruct(Plain()), config(accum=5))

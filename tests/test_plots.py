@@ -5,6 +5,7 @@ import torch
 from PIL import Image
 
 from medssl.common import pen, plots, sheets
+from medssl.common.evaluation import figures
 
 BLUE, ORANGE = pen.COLOURS[:2]
 
@@ -191,3 +192,7 @@ def test_overlays(tmp_path):
     assert len(truth) == len(guess) == 4 * 79                               # outlines of 80 x 80 pixels
     assert guess.mean(0)[1] - truth.mean(0)[1] == pytest.approx(120, abs=1)
     assert guess.mean(0)[0] > truth.mean(0)[0] + 256
+
+
+def test_a_band_says_over_what():
+    assert "over 3 read-outs" in figures.band_words(3) and "interval by patient" in figures.band_words(1)

@@ -223,7 +223,8 @@ def test_the_run_and_its_start_are_told_apart(folder, tmp_path):
 @pytest.mark.parametrize("words, line", [
     (["rotaton"], "did you mean rotation"), (["rotation+nothing"], "unknown method"),
     (["dcl", "--out", "/nowhere/x.png"], "there is no folder /nowhere"),
-    (["dcl", "--run", "nowhere"], "no checkpoint")])
+    (["dcl", "--run", "nowhere"], "no checkpoint"), (["dcl", "--out", "x.xyz"], "ends in .png"),
+    (["dcl+dcl"], "no part may stand twice")])
 def test_errors_are_one_line(words, line):
     with pytest.raises(UserError, match=line):
         shown.main(words)
@@ -232,6 +233,9 @@ def test_errors_are_one_line(words, line):
 def test_without_a_method_they_are_listed(capsys):
     shown.main([])
     said = capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        shown.main(["--data", "nowhere"])
+    assert "name a method" in capsys.readouterr().err
     assert all(f"  {name} " in said for name in METHODS if name != "together") and "python -m medssl METHOD" in said
 
 

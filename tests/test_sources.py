@@ -95,10 +95,14 @@ def test_phantoms_at_the_command_line(tmp_path, capsys, monkeypatch):
     np.testing.assert_array_equal(ready.masks, made.masks)
     assert [ready.classes[label] for label in ready.labels] == [made.classes[label] for label in made.labels]
     assert ready.splits.tolist() == made.splits.tolist() and ready.groups.tolist() == made.groups.tolist()
-    for words, wrong in ((["--split", "0.5", "0", "0.5"], "has splits already"), (["--group-by", "p"], "--group-by"),
-                         (["--seed", "-1"], "--seed"), (["--size", "99999"], "--size")):
+    monkeypatch.setattr(phantoms, "make", lambda *_: pytest.fail("drew the phantoms"))
+    for words, wrong in (["--split 0.5 0 0.5", "have splits already"], ["--group-by p", "--group-by"]):
         with pytest.raises(UserError, match=wrong):
-            prepare.main(["phantoms", "--to", "other", *words])
+            prepare.main(["phantoms", "--to", "other", *words.split()])
+    for flag, value in ("--seed", "-1"), ("--seed", str(2**63)), ("--size", "99999"):
+        with pytest.raises(SystemExit):
+            prepare.main(["phantoms", "--to", "other", flag, value])
+        assert flag in capsys.readouterr().err
     monkeypatch.setattr(phantoms, "make", lambda size, seed: (_ for _ in ()).throw(MemoryError()))
     with pytest.raises(UserError, match="memory"):
         data.load("phantoms", size=30000)
@@ -112,6 +116,21 @@ def test_several_labels_are_said(tmp_path, capsys):
     assert data.load(tmp_path / "set.npz").labels is None
     assert "14 labels per image" in capsys.readouterr().out
     assert "14 labels per image" in said(capsys, tmp_path / "set.npz", "--to", tmp_path / "ready")
+
+
+def test_a_table_with_several_labels_says_so(tmp_path, capsys):
+    for n in range(3):
+        save(tmp_path / f"set/{n}.png", pixels(n))
+    table(tmp_path / "set", "file,label\n0.png,mass|nodule\n1.png,nodule\n2.png,\n")
+    assert data.load(tmp_path / "set").labels is None
+    assert "up to 2 labels per image: none of them" in capsys.readouterr().out
+    table(tmp_path / "set", "file,mass,nodule\n0.png,1,1\n1.png,0,1\n2.png,0,0\n")
+    assert data.load(tmp_path / "set").labels is None
+    assert "--label learns from one of mass, nodule" in capsys.readouterr().out
+    assert data.load(tmp_path / "set", label="nodule").classes == ("0", "1") and not capsys.readouterr().out
+    table(tmp_path / "set", "file,split,group\n0.png,train,1\n1.png,train,2\n2.png,test,3\n")
+    data.load(tmp_path / "set")
+    assert not capsys.readouterr().out
 
 
 def test_one_class_folder_is_said(tmp_path, capsys):

@@ -500,6 +500,8 @@ def test_refusals(stage, home, tmp_path, monkeypatch):
     Image.new("L", (32, 32)).save(tmp_path / "plain/a.png")
     for name in ("collapse", "rubik"):                                      # a start that failed leaves the folder free
         assert "has no labels and no masks" in fails(name, "--data", tmp_path / "plain")
+    assert "nothing.pt" in fails("imagenet", "--data", home, "--weights", "nothing.pt")
+    assert not (tmp_path / "out").exists()
     run("rubik", "--data", home, "--budget", 5, "--seeds", 1, "--out", tmp_path / "one")
     with pytest.raises(UserError, match="was begun with budget 5.0"):
         run("rubik", "--data", home, "--budget", 6, "--seeds", 1, "--out", tmp_path / "one")

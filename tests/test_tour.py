@@ -61,6 +61,11 @@ def test_pictures_are_there_and_small():
     assert shown == set(re.findall(r"\]\(([^)]+\.png)\)", TOUR + PAGE))
 
 
+def test_lesions_are_outlined_where_there_are_some(tour):
+    found, dataset = tour.lesions(40, 32), phantoms.make(40, 32)
+    assert found.shape == (40, 32, 32) and (found.any((1, 2)) == (dataset.labels > 0)).all()
+
+
 def test_every_method_has_its_section_and_its_training():
     methods = script("methods")
     assert sorted(re.findall(r"^### (\w+)$", PAGE, re.M)) == sorted(METHODS) == sorted(methods.STEPS)

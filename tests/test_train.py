@@ -14,10 +14,14 @@ import pytest
 import torch
 from PIL import Image
 
+import evaluate
 import medssl
 import train
 from medssl import METHODS, byol
+from medssl import __main__ as portraits
 from medssl.common import cli, data, encoders, features, files, loop, metrics, presets, settings
+from medssl.common.data import prepare
+from medssl.common.evaluation import studies
 from medssl.common.monitor import Monitor
 from tests.common import TINY, Flip, batch
 
@@ -253,6 +257,9 @@ def test_wrong_words(folder, capsys):
     assert "option of adamw 'trust'" in fails(capsys, *words, "--options", "trust=0.1")
     assert "--options" in fails(capsys, *words, "--optimizer", "sgd", "--options", "momentum=-1")
     assert "--warmup" in fails(capsys, *words, "--warmup", "9")
+    for value in ("1", "6", str(2**40)):                                    # with --accum 6, parts of a single image
+        assert "--batch" in fails(capsys, *words, "--accum", "6" if value == "6" else "1", "--batch", value)
+    assert "--size" in fails(capsys, *words, "--size", "99999")
     for device in ("xpu", "meta", "cpu:7", "cuda:x", "mps:1"):
         assert "--device" in fails(capsys, *words[:-2], "--device", device)
     assert not Path("runs").exists()
@@ -264,7 +271,6 @@ def test_wrong_places(folder, tmp_path, capsys):
     assert "nowhere" in fails(capsys, "--data", "nowhere", "--method", "simclr", *FAST)
     (tmp_path / "file").write_text("")
     assert "file" in fails(capsys, "--out", "file/run", "--data", folder, "--method", "simclr", *FAST)
-    assert "no such file" in fails(capsys, "--init", "nothing.pt", "--data", folder, "--method", "simclr", *FAST)
     assert "checkpoint.pt" in fails(capsys, "--resume", "--out", "nothing")
     assert "needs --out" in fails(capsys, "--resume")
     assert "leave out --batch" in fails(capsys, "--resume", "--out", "x", "--batch", "3")
@@ -272,6 +278,47 @@ def test_wrong_places(folder, tmp_path, capsys):
     (tmp_path / "old/checkpoint.pt").write_bytes(b"")
     assert "holds checkpoint.pt already; --resume" in fails(capsys, "--out", "old", "--data", folder, "--method",
                                                             "simclr", *FAST)
+
+
+def test_weights_to_start_from_are_looked_at_before_the_images(folder, capsys, monkeypatch):
+    words = ["--data", str(folder), "--method", "simclr", "--encoder", "tiny", *FAST]
+    torch.save(encoders.build("tiny").state_dict(), "bare.pt")
+    train.main([*words, "--init", "bare.pt", "--out", "run"])
+    assert "note: bare.pt does not say its stem" in capsys.readouterr().out
+    monkeypatch.setattr(data, "load", lambda *_: pytest.fail("decoded the images"))
+    Path("bad.pt").write_text("no weights")
+    assert "no such file" in fails(capsys, *words, "--init", "nothing.pt")
+    assert "bad.pt" in fails(capsys, *words, "--init", "bad.pt")
+
+
+def test_lack_of_memory_is_a_line(capsys, monkeypatch):
+    def main(_):
+        torch.empty(2**50)
+    monkeypatch.setattr(train, "main", main)
+    assert "smaller --size" in fails(capsys)
+    with pytest.raises(RuntimeError, match="shape"):
+        cli.run(lambda: torch.rand(2, 2) @ torch.rand(3, 3))
+
+
+def parsers(monkeypatch):
+    """Those of all programs."""
+    found = []
+    monkeypatch.setattr(cli.Parser, "parse_args", lambda parser, _: found.append(parser) or 1 / 0)
+    for main in (train.main, evaluate.main, prepare.main, studies.main, portraits.main):
+        with pytest.raises(ZeroDivisionError):
+            main([])
+    return found
+
+
+def test_no_flag_takes_an_empty_word_or_half_a_seed(monkeypatch):
+    """A flag that takes any word says so: it has a list of its words, a type that checks them, or is a name or a
+    list of settings, which are looked up."""
+    found = parsers(monkeypatch)
+    assert len(found) == 5
+    for parser in found:
+        loose = [action.dest for action in parser._actions if action.nargs != 0 and not action.choices
+                 and action.type in (None, int, str)]
+        assert set(loose) <= {"method", "name", "set", "options"}, parser.prog
 
 
 def test_a_set_without_images_to_learn_from(tmp_path, capsys):

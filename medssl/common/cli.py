@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from .. import __version__
+from .data.pixels import MOST
 from .errors import UserError
 
 
@@ -36,6 +37,13 @@ def positive(text):
     """For argparse: a whole number from 1 up."""
     if int(text) < 1:
         raise ValueError
+    return int(text)
+
+
+def side(text):
+    """For argparse: how many pixels wide and high images may be."""
+    if not 1 <= int(text) <= MOST:
+        raise argparse.ArgumentTypeError(f"images have from 1 to {MOST} pixels a side, not {text}")
     return int(text)
 
 
@@ -79,8 +87,17 @@ def run(main):
     except (UserError, OSError) as error:
         text = " ".join(str(error).split())
         sys.exit(complain(text, 2))
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        sys.exit(complain("needs more memory than there is; a smaller --size or --batch needs less", 2))
     except KeyboardInterrupt:
         sys.exit(complain("stopped", 130))
+
+
+def out_of_memory(error):
+    """On a CPU torch has no class of its own for that."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def complain(text, status):

@@ -4,10 +4,8 @@ import itertools
 import json
 import math
 import os
-import pickle
 import time
-import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,8 +82,7 @@ def load_torch(path):
         raise UserError(f"{path}: no such file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError,
-            zipfile.BadZipFile) as error:
+    except Exception as error:                                              # of damaged bytes it may raise anything
         raise UserError(f"{path}: refused, it is damaged or holds more than tensors and plain values "
                         f"({type(error).__name__})") from None
     if not isinstance(content, dict):
@@ -153,6 +150,9 @@ def rounded(record):
 
 
 def read_log(path):
-    """The records of a log.jsonl, as far as they are whole."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    """The records of a log.jsonl, as far as they are whole: a power cut may leave half a line, or zeros."""
+    records = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict) and "step" in record]

@@ -22,6 +22,8 @@ from .cli import StopSignal
 from .errors import UserError
 from .feed import batch_order, batches, make_views, mix
 
+LARGEST = 2 ** 16                                   # images in a batch
+
 
 @dataclass
 class Config:
@@ -119,9 +121,13 @@ def fit(method, dataset, config, rows=None, weights=None, groups=None):
 
 def parts_of(batch, accum, world):
     """How many parts a batch is cut into: micro-batches times processes."""
-    if batch % (accum * world):
+    parts = accum * world
+    if batch % parts:
         raise UserError(f"--batch {batch} must divide by --accum {accum} x {world} processes")
-    return accum * world
+    if not 2 * parts <= batch <= LARGEST:
+        raise UserError(f"--batch {batch}: from {2 * parts} (BatchNorm and contrasts take two images at least"
+                        f"{f' in each of {parts} parts' if parts > 1 else ''}) to {LARGEST}")
+    return parts
 
 
 def wrap(method, config, world):

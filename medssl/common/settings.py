@@ -92,6 +92,16 @@ def stored(folder, device):
     return settings
 
 
+def names_of(asked, methods):
+    """The methods in a word such as rotation+simclr."""
+    names = asked.split("+")
+    for name in names:
+        cli.one_of(name, [each for each in methods if each != "together"], "method")
+    if len(set(names)) < len(names):
+        raise UserError(f"{asked}: no part may stand twice")
+    return names
+
+
 def settle(args, methods, names, found):
     """The Settings from the flags, and how many operations an image costs in a forward pass. methods: name -> class."""
     classes = [methods[name] for name in names]
@@ -138,6 +148,8 @@ def rehearse(methods, settings, channels, count=4):
     """The method is made and sees a few random images, for two reasons: what does not fit is told before the set is
     decoded, and a forward pass's operations per image are counted."""
     encoder = encoders.build(settings.encoder, channels, settings.stem)
+    if settings.init:
+        encoders.load(settings.init, encoder)
     with cli.told(f"{settings.method} (--set)", *sources(methods, settings)):
         method = build(methods, settings.parts, encoder, channels, settings.size)
     pictures, numbers = torch.rand(count, channels, settings.size, settings.size), np.arange(count)

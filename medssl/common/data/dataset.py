@@ -6,6 +6,7 @@ import numpy as np
 
 from ..errors import UserError
 
+BLOCK = 2 ** 20                                                             # pixels that become floats in one go
 LEARNT_FROM = ("train", "unlabeled")
 SAME_IMAGE = "the same image", "; `python -m medssl.common.data {} --to FOLDER --dedupe` keeps one of them"
 
@@ -99,9 +100,13 @@ def check_fractions(fractions):
 
 def moments(images):
     """Mean and mean square of each channel of images (N, C, H, W) scaled to [0, 1]: (N, 2, C)."""
-    x = images.reshape(*images.shape[:2], -1).astype(np.float32)            # (N, C, H W)
-    top = float(np.iinfo(images.dtype).max)
-    return np.stack([x.mean(2) / top, np.square(x, out=x).mean(2) / top ** 2], axis=1)
+    flat, top = images.reshape(*images.shape[:2], -1), float(np.iinfo(images.dtype).max)        # (N, C, H W)
+    sums = np.zeros((2, *images.shape[:2]), np.float32)
+    for start in range(0, flat.shape[2], BLOCK):                            # as floats, a large image takes four times
+        x = flat[..., start:start + BLOCK].astype(np.float32)
+        share = x.shape[2] / flat.shape[2]
+        sums += share * x.mean(2), share * np.square(x, out=x).mean(2)
+    return np.stack([sums[0] / top, sums[1] / top ** 2], axis=1)
 
 
 def pooled(moments):

@@ -225,7 +225,7 @@ class Work:
                 problems.append(f"{self.source.names[row]}: needs more memory than there is")
         step = max(1, CHUNK // (self.size ** 2 * self.channels))            # one by one would take longer
         for some in (done[start:start + step] for start in range(0, len(done), step)):
-            stack = np.stack([piece.image for piece in some])               # (pieces, C, size, size)
+            stack = np.stack([piece.image for piece in some]) if some[1:] else some[0].image[None]     # (N, C, H, W)
             for piece, sums in zip(some, moments(stack), strict=True):
                 piece.moments = sums
         return done, problems, noticed

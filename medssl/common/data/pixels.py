@@ -12,6 +12,7 @@ from PIL import Image
 from ..errors import UserError
 
 MOST = 2 ** 15                                                              # pixels a side
+WHOLE = 2 ** 22                                                             # values of a picture resized in one go
 FITTING = {"pad": "scaled by their longer side and padded with black", "crop": "central square cut out and scaled",
            "squash": "squashed to a square"}
 
@@ -89,9 +90,9 @@ def gray(image):
 
 def pixel_hash(image):
     """64 bits that equal images share; 0 for an image of one single value, which is nobody's copy."""
-    pixels = image.tobytes()
-    if pixels == image[:1, :1].tobytes() * (image.shape[0] * image.shape[1]):
+    if (image[0] == image[0, 0]).all() and all((row == image[0]).all() for row in image):
         return 0
+    pixels = np.ascontiguousarray(image)
     return int.from_bytes(hashlib.sha1(pixels, usedforsecurity=False).digest()[:8], "big")     # sha1: often the fastest
 
 
@@ -124,10 +125,12 @@ def fitted(image, size, fit, method=Image.BILINEAR):
 def resized(image, rows, columns, method):
     if image.shape[:2] == (rows, columns):
         return image
-    if image.dtype == np.uint8:
+    if image.dtype == np.uint8 and image.size <= WHOLE:
         return np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize((columns, rows), method))
-    layers = [image[..., c] for c in range(3)] if image.ndim == 3 else [image]                 # 16 bits: only as floats
-    layers = [np.asarray(Image.fromarray(layer.astype(np.float32)).resize((columns, rows), method)) for layer in layers]
+    layers = [image[..., c] for c in range(3)] if image.ndim == 3 else [image]      # Pillow would make 4 bytes of 3
+    kind = np.uint8 if image.dtype == np.uint8 else np.float32                      # 16 bits: only as floats
+    layers = [np.asarray(Image.fromarray(np.ascontiguousarray(layer, kind)).resize((columns, rows), method))
+              for layer in layers]
     return np.rint(np.stack(layers, -1)).astype(image.dtype).reshape(rows, columns, *image.shape[2:])
 
 

@@ -39,15 +39,18 @@ def main(arguments=None):
     parser = cli.Parser(prog="python -m medssl.common.data",
                         description="Says what a set of images holds; with --to, prepares it for training.")
     flag = parser.add_argument
-    flag("path", help="folder, split.csv, .npz, .npy, a volume, or phantoms")
-    flag("--to", metavar="FOLDER", help="prepare the set into this new folder")
-    flag("--size", type=int, help="side of the images (default: the common one, or the median to a multiple of 32)")
+    flag("path", type=cli.filled, help="folder, split.csv, .npz, .npy, a volume, or phantoms")
+    flag("--to", type=cli.filled, metavar="FOLDER", help="prepare the set into this new folder")
+    flag("--size", type=cli.side,
+         help="side of the images (default: the common one, or the median to a multiple of 32)")
     flag("--channels", type=int, choices=(1, 3), help="gray or colour (default: as the files are)")
     flag("--fit", choices=tuple(pixels.FITTING), default="pad", help="how images become square (default: pad)")
-    flag("--label", default="label", help="column of split.csv")
-    flag("--group-by", metavar="REGEX", help="patient: first bracket, or whole match, in the file name; or: parent")
-    flag("--cache", metavar="DIR", help="for decoded images (default: $MEDSSL_CACHE or ~/.cache/medssl)")
-    flag("--seed", type=int, default=0, help="of --split, and of the phantoms")
+    flag("--label", type=cli.filled, default="label", help="column of split.csv")
+    flag("--group-by", type=cli.filled, metavar="REGEX",
+         help="patient: first bracket, or whole match, in the file name; or: parent")
+    flag("--cache", type=cli.filled, metavar="DIR",
+         help="for decoded images (default: $MEDSSL_CACHE or ~/.cache/medssl)")
+    flag("--seed", type=cli.whole, default=0, help="of --split, and of the phantoms")
     flag("--window", type=float, nargs=2, metavar=("LO", "HI"), help="grey values mapped to 0..255")
     flag("--percentiles", type=float, nargs=2, metavar=("LO", "HI"), help="the same by percentiles (default 0.5 99.5)")
     flag("--axis", type=int, choices=(0, 1, 2), default=0, help="of (z, rows, columns), that volumes are cut across")
@@ -55,10 +58,6 @@ def main(arguments=None):
     flag("--split", type=float, nargs=3, metavar=("TRAIN", "VAL", "TEST"), help="deal the groups: 0.7 0.1 0.2")
     flag("--skip-unreadable", action="store_true", help="go on without the files that cannot be read")
     words = parser.parse_args(arguments)
-    if words.size is not None and not 1 <= words.size <= pixels.MOST:
-        raise UserError(f"--size {words.size}: images have from 1 to {pixels.MOST} pixels a side")
-    if words.seed < 0:
-        raise UserError(f"--seed {words.seed}: from 0 up")
     if words.to:
         prepare(words)
         return
@@ -118,8 +117,11 @@ def prepare(words):
 
 
 def check_phantoms(words):
+    """Before they are drawn, which takes a while."""
     if words.label != "label" or words.group_by:
         raise UserError("--label and --group-by are for sets of files; the phantoms come with both")
+    if words.split:
+        raise UserError("--split: the phantoms have splits already")
 
 
 def check(words, source, folder):

@@ -54,7 +54,7 @@ FOREIGN = {(".npz",): "holds several arrays: medssl.common.data.load opens it as
            (".gif",): "cannot be read: save it as PNG, magick IN.gif OUT.png (ImageMagick)",
            (".h5", ".hdf5"): "cannot be read: save its array as .npy, numpy.save('OUT', h5py.File('IN.h5')['NAME'])"}
 PIXELS = 2 ** 26                                                            # of a picture, at most
-STRIP = 2 ** 22                                                             # pixels that are converted at a time
+STRIP = 2 ** 20                                                             # pixels that are converted at a time
 SMALL = 2 ** 22                                                             # bytes of a picture's file read in one go
 SMALLER = f"at most {PIXELS} (8192 x 8192) are read: shrink it or cut it into tiles first"
 

@@ -30,6 +30,8 @@ SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "
           "test": "test", "testing": "test", "unlabeled": "unlabeled", "unlabelled": "unlabeled"}
 SAVED = re.compile(r"(train|val|test)\d+_(\d+(?:_\d+)*)\.\w+")              # how medmnist's .save() names a picture
 MONTAGE = "_montage.jpg"
+COLUMNS = ("file", "label", "mask", "split", "group")                       # of a table
+SEPARATOR = re.compile(r"[|;]")                                             # between the labels of one image
 SEVERAL = "{} labels per image: none of them can be the class, so they are left out (no labels)"
 PREPARED = "prepared folder"
 BUILT_IN = "built in"
@@ -124,6 +126,7 @@ def from_csv(path, label):
             raise UserError(f"{path}: a label column holds both classes and paths of masks ({values[0]}, ...)")
         masks = values if any(paths) else masks
         labels = chosen if paths and not any(paths) and values == chosen else labels
+    labels, notes = one_each(labels, [name for name in columns if name not in COLUMNS])
     inside = os.path.dirname(path)
     files = [os.path.join(inside, name) for name in names]
     groups, grouping = column("group"), "what the column `group` says"
@@ -132,7 +135,17 @@ def from_csv(path, label):
     return from_files(inside if path.name == "split.csv" else path, "split.csv", names, files,
                       masks and [mask and os.path.join(inside, mask) for mask in masks],
                       labels=labels, groups=groups, grouping=grouping,
-                      splits=splits and [SPLITS[value.lower()] for value in splits])
+                      splits=splits and [SPLITS[value.lower()] for value in splits], notes=notes if not masks else ())
+
+
+def one_each(labels, others):
+    """The labels, unless some images have several of them, and notes on what is lost. others: columns that have no
+    meaning here."""
+    if not labels:
+        return labels, [f"no column `label`: --label learns from one of {', '.join(others)}"] if others else ()
+    several = max(labels, key=lambda label: len(SEPARATOR.split(label)))
+    count = len(SEPARATOR.split(several))
+    return (labels, ()) if count == 1 else (None, [SEVERAL.format(f"up to {count}") + f": {several}"])
 
 
 # ---- folders

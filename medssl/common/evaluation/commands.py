@@ -4,6 +4,7 @@ one would have left is not waited for."""
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ PAUSE = 0.05                                    # seconds between two looks at w
 def held(out):
     """The folder, for one study at a time: also for commands that outlived a study that was killed, since they keep
     the file open."""
+    new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     with open(out / ".lock", "w") as lock:
         if fcntl:
@@ -36,7 +38,11 @@ def held(out):
             except OSError:
                 raise UserError(f"--out {out}: another study, or a command of one that was killed, still works there; "
                                 "wait until it has ended") from None
-        yield lock
+        try:
+            yield lock
+        finally:
+            if new and os.listdir(out) == [".lock"]:                        # a start that failed leaves nothing
+                shutil.rmtree(out)
 
 
 @dataclass

@@ -76,8 +76,9 @@ def band(summary):
     return (mean, mean - spread, mean + spread) if math.isfinite(spread) else (mean, *summary.interval[summary.main])
 
 
-def band_words(summaries):
-    return "band: ± standard deviation over seeds" if summaries[0].seeds > 1 else "band: 95 % interval by patient"
+def band_words(seeds):
+    """Seeds draw the labelled patients, the head's first weights and the order; the pretraining stays the same one."""
+    return f"band: ± standard deviation over {seeds} read-outs" if seeds > 1 else "band: 95 % interval by patient"
 
 
 def levels(study, task):
@@ -115,7 +116,7 @@ def draw_series(study, summaries, axis, path):
     shared = {"log_x": axis in ("labels", "imbalance"), "x_label": AXES[axis]}
     charts = [plots.Chart({name: (xs[name], [band(s)[0] for s in own]) for name, own in lines.items()}, **shared,
                           bands={name: tuple(zip(*(band(s)[1:] for s in own))) for name, own in lines.items()},
-                          title=f"{title_of(study, start)}; {band_words(summaries)}", y_label=WORDS[start.main],
+                          title=f"{title_of(study, start)}; {band_words(start.seeds)}", y_label=WORDS[start.main],
                           horizontal=levels(study, start.cell.task))]
     if axis == "imbalance":
         rare = rare_recall(study)
@@ -133,7 +134,7 @@ def draw_steps(study, summaries, path):
         runs.setdefault(str(m.name).split("@")[0], []).append((m.step, *own[m.name]))
     random = {m.name: own[m.name][0] for m in study.models if m.random and m.name in own}
     plots.curves({name: tuple(zip(*points))[:2] for name, points in runs.items()}, path,
-                 f"{title_of(study, start)}; {band_words(summaries)}", "steps of pretraining", WORDS[start.main],
+                 f"{title_of(study, start)}; {band_words(start.seeds)}", "steps of pretraining", WORDS[start.main],
                  bands={name: tuple(zip(*points))[2:] for name, points in runs.items()},
                  horizontal=random | levels(study, start.cell.task))
 
@@ -158,6 +159,6 @@ def draw_convergence(study, records, path):
             epochs, mean, spread = curves[0, :, 0], curves[:, :, 1].mean(0), curves[:, :, 1].std(0)
             series[m.name], bands[m.name] = (epochs, mean), (mean - spread, mean + spread)
     title = (f"{study.dataset.name}, validation: {TASKS[cell.task].title}, {describe(cell)}; "
-             "band: ± standard deviation over seeds")
+             f"{band_words(len({r.seed for r in records}))}")
     score = "balanced_accuracy" if TASKS[cell.task].target == "labels" else "dice"
     plots.curves(series, path, title, "epochs", WORDS[score], bands=bands, horizontal=levels(study, cell.task))

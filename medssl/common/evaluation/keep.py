@@ -67,10 +67,13 @@ def save(record, path):
 
 def load(path):
     """The record, without its scores."""
-    with np.load(path, allow_pickle=False) as found:
-        record = Record(**json.loads(str(found["facts"])))
-        arrays = {key: found[key] for key in ARRAYS if key in found.files}
-        if "example_rows" in found.files:
-            arrays["examples"] = {key: found[f"example_{key}"] for key in EXAMPLES}
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            record = Record(**json.loads(str(found["facts"])))
+            arrays = {key: found[key] for key in ARRAYS if key in found.files}
+            if "example_rows" in found.files:
+                arrays["examples"] = {key: found[f"example_{key}"] for key in EXAMPLES}
+    except Exception as error:                                              # of damaged bytes anything may be raised
+        raise UserError(f"{path}: damaged ({type(error).__name__}); remove it, and this fit is done again") from None
     curve = record.curve and [tuple(point) for point in record.curve]
     return replace(record, cell=Cell(*record.cell), curve=curve, **arrays)

@@ -82,7 +82,7 @@ def parse(argv):
     add("name", nargs="?", help="which study")
     add("--data", type=cli.filled, default="phantoms", help="folder or file of images (default: phantoms, built in)")
     add("--label", type=cli.filled, default="label", help="column of split.csv that holds the label")
-    add("--size", type=cli.positive, help="side of the images in pixels (default: as train.py chooses)")
+    add("--size", type=cli.side, help="side of the images in pixels (default: as train.py chooses)")
     add("--views", choices=augment.RECIPES,
         help="augmentation recipe of the contrastive methods (default: as train.py chooses)")
     add("--weights", type=cli.filled, metavar="FILE", help="weights to compare with, for the study imagenet")
@@ -131,6 +131,7 @@ def check(args, protocol):
 
 def look(args, protocol, work):
     """The set, as far as a study has to know it."""
+    weights, network, known_as = described(args.weights)
     path = args.data if args.data == "phantoms" else str(Path(args.data).resolve())
     label, removed = args.label, None
     if "patients" in protocol.needs:
@@ -148,7 +149,6 @@ def look(args, protocol, work):
               "`python -m medssl.common.data DATA --to FOLDER --split 0.7 0.1 0.2` deals patients out")
         dataset = data.split(dataset)
     ratios, rare = series(dataset, args.name) if has["labels"] else ((), None)
-    weights, network, known_as = described(args.weights)
     channels, size = dataset.images.shape[1:3]
     return Given(path, args.seeds, **has, size=size, channels=channels, label=label, ratios=ratios, rare=rare,
                  images={name: len(dataset.rows(name)) for name in ("train", "val", "test")},
