@@ -193,7 +193,7 @@ def parse(argv):
     add("--lr", type=cli.positive_number,
         help="per 256 images with sgd, lars and lamb; as it stands with adam and adamw")
     add("--weight-decay", type=cli.not_negative, help="of weights; biases and norms never decay")
-    add("--views", choices=augment.RECIPES, help="augmentation recipe of common/augment.py")
+    add("--views", choices=augment.VIEWS, help="views of common/augment.py, by name")
     add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
         help="an argument of the method's constructor, see medssl/METHOD.py; PART.NAME=VALUE with several parts")
     add("--init", type=cli.filled, metavar="FILE",

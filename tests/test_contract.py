@@ -205,11 +205,11 @@ def test_every_file_is_a_method_with_header_and_recipe():
             recipe, small = module(name).RECIPE, getattr(module(name), "SMALL", None)
             missing = {"optimizer", "lr", "weight_decay", "batch", "epochs", "warmup", "views", "size"} - set(recipe)
             assert not missing, f"{name}.py: RECIPE says nothing of {missing}"
-            assert recipe["views"] in augment.RECIPES, f"{name}.py: RECIPE's views are no recipe of common/augment.py"
+            assert recipe["views"] in augment.VIEWS, f"{name}.py: RECIPE's views are none of common/augment.py"
             assert small is not None, f"{name}.py: SMALL is missing; it may be empty, see medssl/__init__.py"
             strange = set(small) - set(inspect.signature(METHODS[name]).parameters) - RESERVED
             assert not strange, f"{name}.py: SMALL has {strange}: no words of the constructor, and none of {RESERVED}"
-            assert small.get("views", "plain") in augment.RECIPES and small.get("stem", "default") in encoders.STEMS
+            assert small.get("views", "plain") in augment.VIEWS and small.get("stem", "default") in encoders.STEMS
 
 
 def module(name):
@@ -300,7 +300,7 @@ def test_settings_in_headers_can_be_set(name):
         optimizer, = flags.get("--optimizer", [recipe["optimizer"]])
         options = cli.read_settings(flags.get("--options", []))
         check_optimizer(optimizer, options | {"decay_all": True})           # as train.py does
-        assert flags.get("--views", ["plain"])[0] in augment.RECIPES, where
+        assert flags.get("--views", ["plain"])[0] in augment.VIEWS, where
         if "(RECIPE)" in work:
             assert words == {k: v for k, v in constants(name).items() if k in words}, f"{where}: not the defaults"
             assert options == {k: v for k, v in recipe.get("options", {}).items() if k in options}, where

@@ -41,7 +41,6 @@ def filled(name, rule):
     return fill(encoders.build(name, 3), rule).state_dict()
 
 
-@pytest.mark.beside
 @pytest.mark.parametrize("name,tag", [("resnet18", "rgb"), ("resnet18", "gray"), ("resnet50", "rgb")])
 def test_equals_torchvision(name, tag):
     numbers = golden(name)

@@ -143,7 +143,7 @@ def test_views_are_those_of_the_code():
     named |= {args.views for args in map(train.parse, commands("train.py")) if args.views}
     assert set(stated) >= named
     for view, fields in stated.items():
-        assert fields == augment.RECIPES[view], view
+        assert fields == augment.VIEWS[view], view
 
 
 def test_what_is_the_same_for_all_methods():

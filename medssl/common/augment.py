@@ -203,7 +203,7 @@ def gaussian_blur(x, sigma):
 # `--views NAME` then takes it. Ask of each field whether a reader of such images would still give the same answer: no
 # vertical flip where up matters, no zoom where size is a sign, no change of contrast where it tells the tissue. Then
 # look at the run's views.png. What Augment cannot do, any callable can: see README.
-RECIPES = {
+VIEWS = {
     "plain": {},
     # autoencoder and Genesis, Zhang et al.; in their 2D code one flip, left-right or up-down, with probability 0.4
     "flips": {"flip": 0.2, "flip_vertical": 0.2},
@@ -265,5 +265,5 @@ RECIPES = {
 
 
 def build(name, size, **changes):
-    """A recipe by name, for views of this size; single fields can be changed."""
-    return replace(Augment(size, **RECIPES[name]), **changes)
+    """Views by name, of this size; single fields can be changed."""
+    return replace(Augment(size, **VIEWS[name]), **changes)

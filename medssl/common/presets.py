@@ -17,7 +17,7 @@ from .data import find, readers
 from .data.dataset import LEARNT_FROM
 from .errors import UserError
 
-SMALL = {"encoder": "tiny", "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.01, "batch": 64, "warmup": 2}
+BASE = {"encoder": "tiny", "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.01, "batch": 64, "warmup": 2}
 SIDES = 64, 96              # the images' own side rounded to a multiple of 32, but from .. to so many pixels
 PASSES = 200                # over the images; but
 LEAST = 500                 # at least so many steps, on phantoms just these, unless SMALL says another number; and
@@ -72,7 +72,7 @@ def paper(cls):
 
 def small(classes, found):
     """What stands in the place of the (first) method's RECIPE."""
-    plan = SMALL | {"size": min(max(SIDES[0], 32 * round(found.side / 32)), SIDES[1]), "least": LEAST}
+    plan = BASE | {"size": min(max(SIDES[0], 32 * round(found.side / 32)), SIDES[1]), "least": LEAST}
     while plan["batch"] > max(2, found.images):
         plan["batch"] //= 2
     own = [small_of(cls) for cls in classes]

@@ -18,7 +18,7 @@ import numpy as np
 from ..errors import UserError
 from . import readers
 from .dataset import LEARNT_FROM, SAME_IMAGE, Dataset, numbered, pooled, refuse_leaks
-from .decode import Recipe, decode
+from .decode import Wanted, decode
 from .pixels import FITTING, MOST
 from .sources import ARRAYS, PREPARED, complain
 
@@ -39,7 +39,7 @@ def load_rows(source, size=None, channels=None, cache=None, fit="pad"):
     refuse_leaks(source, source.groups, "group {}")
     folder = Path(source.path)
     if source.kind != PREPARED or not as_asked(folder, size, channels):
-        folder = cached(source, Recipe(size, channels, fit), cache)
+        folder = cached(source, Wanted(size, channels, fit), cache)
     with readers.naming(folder):
         images = np.load(folder / "images.npy", mmap_mode="r")              # (N, C, H, W)
         masks = np.load(folder / "masks.npy", mmap_mode="r") if source.masks else None          # (N, H, W)
@@ -65,11 +65,11 @@ def as_asked(folder, size, channels):
     return channels in (None, shape[1]) and size in (None, shape[2])
 
 
-def cached(source, recipe, cache):
+def cached(source, wanted, cache):
     """Folder with the decoded set. The first process to come decodes, the others wait for it."""
     root = Path(cache or os.environ.get("MEDSSL_CACHE") or "~/.cache/medssl").expanduser()
     root.mkdir(parents=True, exist_ok=True)
-    asked = (recipe.size, recipe.channels, recipe.fit, bool(source.masks))
+    asked = (wanted.size, wanted.channels, wanted.fit, bool(source.masks))
     stem = f"{source.name}-{digest([VERSION, os.path.abspath(source.path), *map(str, asked)])}"
     folder = root / f"{stem}-{digest(stamps(source))}"
     if folder.is_dir():
@@ -82,20 +82,20 @@ def cached(source, recipe, cache):
         part = root / f"{stem}-{os.getpid()}.part"
         part.mkdir()
         try:
-            build(source, part, recipe)
+            build(source, part, wanted)
             os.rename(part, folder)
         finally:
             shutil.rmtree(part, ignore_errors=True)
     return folder
 
 
-def build(source, folder, recipe):
+def build(source, folder, wanted):
     """Decodes a set into this folder, and says what became of its images."""
-    made = decode(source, folder, recipe)
+    made = decode(source, folder, wanted)
     size, count, notes = made.size, len(made.rows), made.notes
     other = sum(shape != (size, size) for shape in made.shapes)
     if other:
-        notes = [f"{other} of {count} images are not {size} x {size}: {FITTING[recipe.fit]}", *notes]
+        notes = [f"{other} of {count} images are not {size} x {size}: {FITTING[wanted.fit]}", *notes]
     for line in notes:
         print(f"{source.name}: {line}")
     (folder / "info.json").write_text(json.dumps({"mask_classes": made.mask_classes, "notes": notes}))

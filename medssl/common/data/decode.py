@@ -1,6 +1,6 @@
 """The decoder: from the files of a source to images.npy, masks.npy and rows.npz in a folder.
 
-Both the cache (cache.py) and `--to` (prepare.py) use it; a Recipe says what becomes of the files. A pool of threads
+Both the cache (cache.py) and `--to` (prepare.py) use it; a Wanted says what becomes of the files. A pool of threads
 turns chunks of rows into finished pieces; one thread appends them, in order, to files whose headers are filled in at
 the end, because nobody knows before how many slices are kept.
 
@@ -39,7 +39,7 @@ def workers():
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Wanted:
     """How files become arrays. As it stands: one image of 8 or 16 bits a file, whose grey values are kept."""
     size: int | None = None                                                 # None: what pixels.common_size says
     channels: int | None = None                                             # None: as the files are
@@ -80,11 +80,11 @@ class Decoded:
     notes: list                                                             # on the size and the masks
 
 
-def decode(source, folder, recipe):
+def decode(source, folder, wanted):
     """Writes images.npy, masks.npy and rows.npz of a source into this folder."""
     pool = ThreadPoolExecutor(workers())                                    # Pillow and numpy let other threads run
     try:
-        work = Work(source, folder, recipe, pool)
+        work = Work(source, folder, wanted, pool)
         work.check_room(folder)
         kept, values = write(work, folder, pool)
     except MemoryError:
@@ -142,33 +142,33 @@ class Growing:
 class Work:
     """The rows of a source as finished pieces, the same for every one: size, channels and type are settled first."""
 
-    def __init__(self, source, folder, recipe, pool):
-        self.source, self.recipe, self.count, self.notes = source, recipe, Counter(), []
+    def __init__(self, source, folder, wanted, pool):
+        self.source, self.wanted, self.count, self.notes = source, wanted, Counter(), []
         self.read, self.read_mask = source.open(folder)
         self.size, self.channels, self.dtype = self.settled(pool)
 
     def settled(self, pool):
         """Size, channels and type, from a sample of the images."""
-        recipe = self.recipe
-        if recipe.prepare and recipe.size and recipe.channels:
-            return recipe.size, recipe.channels, np.dtype(np.uint8)
+        wanted = self.wanted
+        if wanted.prepare and wanted.size and wanted.channels:
+            return wanted.size, wanted.channels, np.dtype(np.uint8)
         last, sampled = len(self.source.names) - 1, SAMPLED_VOLUMES if self.source.volumes else SAMPLE
         sample = sorted(set(np.linspace(0, last, sampled).astype(int)))
         seen = [look for look in pool.map(self.look, sample) if look] or [((32, 32), np.dtype(np.uint8))]
         shapes = [shape for shape, _ in seen]
         common = pixels.common_size(shapes)
-        if common > LARGEST and not recipe.size:
+        if common > LARGEST and not wanted.size:
             self.notes = [f"{LARGEST} x {LARGEST} instead of {common} x {common}: ask for --size {common} to keep that"]
-        return (recipe.size or min(common, LARGEST),
-                recipe.channels or max(3 if len(shape) == 3 else 1 for shape in shapes),
-                np.dtype(np.uint8) if recipe.prepare else seen[0][1])
+        return (wanted.size or min(common, LARGEST),
+                wanted.channels or max(3 if len(shape) == 3 else 1 for shape in shapes),
+                np.dtype(np.uint8) if wanted.prepare else seen[0][1])
 
     def look(self, row):
         """Shape and type of a file's first image; None if it cannot be read: decoding lists it with all others."""
         try:
             image, name = self.read(row), self.source.names[row]
-            if self.recipe.prepare:
-                image = pixels.slices(image, name, self.recipe.axis)[0]     # (rows, columns[, 3])
+            if self.wanted.prepare:
+                image = pixels.slices(image, name, self.wanted.axis)[0]     # (rows, columns[, 3])
             else:
                 image = pixels.single(image, name)
             return (image.shape, image.dtype) if image.size else None
@@ -176,7 +176,7 @@ class Work:
             return None
 
     def check_room(self, folder):
-        count = 0 if self.recipe.prepare else len(self.source.names)        # nobody knows the number of slices yet
+        count = 0 if self.wanted.prepare else len(self.source.names)        # nobody knows the number of slices yet
         needed = count * self.size ** 2 * (self.channels * self.dtype.itemsize + bool(self.source.masks))
         if needed > shutil.disk_usage(folder).free:
             raise UserError(f"{folder.parent}: {needed / 1e9:.1f} GB of decoded images do not fit here; see --cache")
@@ -188,11 +188,11 @@ class Work:
             unreadable += problems
             self.count.update(noticed)
             for piece in done:
-                kind = copies.kind(piece.hash, piece.near, piece.group) if self.recipe.dedupe else None
+                kind = copies.kind(piece.hash, piece.near, piece.group) if self.wanted.dedupe else None
                 self.count[kind] += 1
                 if kind is None:
                     yield piece
-        if not self.recipe.skip:
+        if not self.wanted.skip:
             complain(self.source, unreadable)
         for line in unreadable[:10]:
             print(f"left out: {line}")                                      # said but not stored: it is a name
@@ -201,11 +201,11 @@ class Work:
     def chunks(self, pool):
         """Yields (pieces, problems, noticed) of some rows at a time; the threads are a few chunks ahead."""
         order, splits = list(range(len(self.source.names))), self.source.splits
-        if splits and self.recipe.dedupe:                                   # the copy nobody learns from comes first
+        if splits and self.wanted.dedupe:                                   # the copy nobody learns from comes first
             order.sort(key=lambda row: {"test": 0, "val": 1}.get(splits[row], 2))
         step = 1 if self.source.volumes else max(1, CHUNK // (self.size ** 2 * self.channels))
         starts, waiting, ahead = deque(range(0, len(order), step)), deque(), workers() + 1
-        word = "preparing" if self.recipe.prepare else "decoding"
+        word = "preparing" if self.wanted.prepare else "decoding"
         with tqdm(total=len(order), desc=f"{word} {self.source.name}", unit=" files", leave=False) as bar:
             while starts or waiting:
                 while starts and len(waiting) < ahead:                      # so many chunks are in memory at a time
@@ -218,7 +218,7 @@ class Work:
         done, problems, noticed = [], [], Counter()
         for row in rows:
             try:
-                done += self.layers(row, noticed) if self.recipe.prepare else [self.single(row)]
+                done += self.layers(row, noticed) if self.wanted.prepare else [self.single(row)]
             except (UserError, OSError) as error:
                 problems.append(str(error))
             except MemoryError:
@@ -234,20 +234,20 @@ class Work:
         """The one image of a file."""
         name = self.source.names[row]
         image = pixels.single(self.read(row), name, self.dtype)
-        if image.ndim == 3 and self.channels == 1 and not self.recipe.channels:
+        if image.ndim == 3 and self.channels == 1 and not self.wanted.channels:
             raise UserError(f"{name}: in colour, others are gray: choose --channels 1 or 3")
         return self.finished(row, self.group(row), image, self.class_indices(row, self.read_mask(row), image))
 
     def layers(self, row, noticed):
         """The images of a file of any kind: an image, or a volume cut into slices."""
-        source, recipe, name = self.source, self.recipe, self.source.names[row]
+        source, wanted, name = self.source, self.wanted, self.source.names[row]
         array, mask = self.read(row), self.read_mask(row)
-        stack = pixels.slices(array, name, recipe.axis)                     # (slices, rows, columns[, 3])
-        masks = [None] * len(stack) if mask is None else pixels.slices(mask, name, recipe.axis)
+        stack = pixels.slices(array, name, wanted.axis)                     # (slices, rows, columns[, 3])
+        masks = [None] * len(stack) if mask is None else pixels.slices(mask, name, wanted.axis)
         if mask is not None and masks.shape[:3] != stack.shape[:3]:
             raise UserError(f"mask {source.masks[row]} is {pixels.by(mask.shape)}, but its image {name} is "
                             f"{pixels.by(array.shape)}")
-        low, high = pixels.grey_range(stack, recipe.window, recipe.percentiles)
+        low, high = pixels.grey_range(stack, wanted.window, wanted.percentiles)
         inverted = source.kind not in ARRAYS and readers.small_is_bright(source.files[row])
         group, done, empty = self.group(row, len(stack) > 1), [], 0
         for layer, mask in zip(stack, masks, strict=True):
@@ -259,7 +259,7 @@ class Work:
             else:
                 done.append(self.finished(row, group, image, mask))
         noticed.update(empty=empty, fourth=array.ndim == 4 and stack.ndim == 3,
-                       hounsfield=not recipe.window and stack.dtype.kind in "if" and bool(stack.min() < -500))
+                       hounsfield=not wanted.window and stack.dtype.kind in "if" and bool(stack.min() < -500))
         return done
 
     def group(self, row, several=False):
@@ -272,12 +272,12 @@ class Work:
         return None if mask is None else pixels.class_indices(mask, image, source.masks[row], source.names[row])
 
     def finished(self, row, group, image, mask):
-        recipe, size, values = self.recipe, self.size, np.zeros(256, np.int64)
-        square = np.ascontiguousarray(pixels.planes(pixels.fitted(image, size, recipe.fit), self.channels))
+        wanted, size, values = self.wanted, self.size, np.zeros(256, np.int64)
+        square = np.ascontiguousarray(pixels.planes(pixels.fitted(image, size, wanted.fit), self.channels))
         if mask is not None:
             values = np.bincount(mask.ravel(), minlength=256)
-            mask = np.ascontiguousarray(pixels.fitted(mask, size, recipe.fit, Image.NEAREST))
-        near = difference_hash(image) if recipe.dedupe else None
+            mask = np.ascontiguousarray(pixels.fitted(mask, size, wanted.fit, Image.NEAREST))
+        near = difference_hash(image) if wanted.dedupe else None
         return Piece(row, group, square, mask, values, pixels.pixel_hash(image), near, image.shape[:2])
 
 

@@ -143,9 +143,9 @@ def check(words, source, folder):
 
 def write(source, part, words):
     """images.npy, masks.npy, rows.npz, table.csv and info.json; returns notes on what was done."""
-    recipe = decode.Recipe(words.size, words.channels, words.fit, True, words.window, words.percentiles, words.axis,
+    wanted = decode.Wanted(words.size, words.channels, words.fit, True, words.window, words.percentiles, words.axis,
                            words.dedupe, words.skip_unreadable)
-    made = decode.decode(source, part, recipe)
+    made = decode.decode(source, part, wanted)
     notes = notes_on(made.count)
     if not made.rows:
         hint = "; another --window, or none, may show something" if made.count["empty"] else ""

@@ -55,7 +55,7 @@ FOREIGN = {(".npz",): "holds several arrays: medssl.common.data.load opens it as
            (".h5", ".hdf5"): "cannot be read: save its array as .npy, numpy.save('OUT', h5py.File('IN.h5')['NAME'])"}
 PIXELS = 2 ** 26                                                            # of a picture, at most
 STRIP = 2 ** 20                                                             # pixels that are converted at a time
-SMALL = 2 ** 22                                                             # bytes of a picture's file read in one go
+AT_ONCE = 2 ** 22                                                           # bytes of a picture's file read in one go
 SMALLER = f"at most {PIXELS} (8192 x 8192) are read: shrink it or cut it into tiles first"
 
 
@@ -163,7 +163,7 @@ def _image(path, size, indices=False):
     """`indices`: of a palette picture its indices, not its colours."""
     pages = []
     with open(path, "rb") as stream:                                        # from a path Pillow misreads a turned TIFF
-        if size <= SMALL:
+        if size <= AT_ONCE:
             stream = io.BytesIO(stream.read())
         start = stream.read(8)
         if start == b"\x89PNG\r\n\x1a\n":

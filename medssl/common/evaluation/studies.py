@@ -83,8 +83,8 @@ def parse(argv):
     add("--data", type=cli.filled, default="phantoms", help="folder or file of images (default: phantoms, built in)")
     add("--label", type=cli.filled, default="label", help="column of split.csv that holds the label")
     add("--size", type=cli.side, help="side of the images in pixels (default: as train.py chooses)")
-    add("--views", choices=augment.RECIPES,
-        help="augmentation recipe of the contrastive methods (default: as train.py chooses)")
+    add("--views", choices=augment.VIEWS,
+        help="views of the contrastive methods (default: as train.py chooses)")
     add("--weights", type=cli.filled, metavar="FILE", help="weights to compare with, for the study imagenet")
     add("--budget", type=cli.positive_number, default=30, metavar="MINUTES", help="of it all (default 30)")
     add("--seeds", type=cli.positive, default=3, help="of pretraining (default 3; a verdict wants five)")
