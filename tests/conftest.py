@@ -13,12 +13,12 @@ import torch
 
 from tests.two_process import CONTEXT, HELPERS, helper
 
-# torch's own also seeds devices that are not there, and keeps a trace of the stack for each.
+# torch.manual_seed also seeds devices that are not there, and formats the whole stack for each: a millisecond a call.
 if not torch.cuda.is_available():
     torch.manual_seed = torch.random.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))
 
 MANY = 24                          # fewer tests than this run one after the other
-LONG = "test_evaluate.py", "test_contract.py", "test_loop.py", "test_learning.py"  # the others take as long as they are
+LONG = "test_evaluate.py", "test_contract.py", "test_loop.py", "test_learning.py"  # of the others, the larger ones
 DONE = "done"
 
 
