@@ -6,6 +6,7 @@ import signal
 import sys
 import traceback
 
+gc.set_threshold(200_000)           # garbage is looked for far more seldom than by default
 # On networks this small a second thread costs as much as it gives, and beside other work the two wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 

@@ -348,6 +348,12 @@ FAULTS = {                                                                  # fi
         ("a dark border", 'padding_mode="border", align', 'padding_mode="zeros", align', "augment -k fades"),
         ("blur of the wrong axis", "weights(x.shape[2]) @ x @", "x @ weights(x.shape[3]) @", "augment -k blur"),
     ],
+    "medssl/common/unet.py": [
+        ("fewer maps than classes", "max(8, 2 * channels, below // 2)", "max(8, below // 2)", "restoring -k last_maps"),
+        ("a skip connection where there is none", "skip if self.skips else None", "skip * self.skips",
+         "restoring -k decoder_sizes"),
+        ("the fine maps first", "reversed(maps[:-1])", "maps[:-1]", "restoring -k decoder_sizes"),
+    ],
     "medssl/common/encoders.py": [
         ("standardised in the wrong order", "(x - self.shift) / self.scale", "x / self.scale - self.shift",
          "encoders -k standard"),

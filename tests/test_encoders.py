@@ -36,13 +36,20 @@ def fill(encoder, rule):
     return encoder
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Weights that are filled or loaded need not be drawn first: of large networks that takes long."""
+    monkeypatch.setattr(torch.nn.init, "kaiming_normal_", lambda weight, **words: weight)
+    monkeypatch.setattr(torch.nn.Conv2d, "reset_parameters", lambda conv: None)
+
+
 @functools.cache
 def filled(name, rule):
     return fill(encoders.build(name, 3), rule).state_dict()
 
 
 @pytest.mark.parametrize("name,tag", [("resnet18", "rgb"), ("resnet18", "gray"), ("resnet50", "rgb")])
-def test_equals_torchvision(name, tag):
+def test_equals_torchvision(name, tag, undrawn):
     numbers = golden(name)
     for case in ("linear_eval", "square_train") if name == "resnet18" else ("square_train",):
         encoder = encoders.build(name, 3)
@@ -238,7 +245,7 @@ def test_a_resnet_without_its_last_stage():
 @pytest.mark.parametrize("name,channels,stem", [
     ("resnet18", 3, "default"), ("resnet18", 1, "default"), ("resnet18", 3, "nopool"), ("resnet18", 1, "small"),
     ("resnet18-3stages", 1, "default")])
-def test_how_other_libraries_open_a_file(name, channels, stem, tmp_path):
+def test_how_other_libraries_open_a_file(name, channels, stem, tmp_path, undrawn):
     """The code is run: with the libraries that are installed, and with a stand-in for torchvision."""
     def stand_in():
         network = encoders.build("resnet18", 3)
@@ -248,7 +255,7 @@ def test_how_other_libraries_open_a_file(name, channels, stem, tmp_path):
         network.register_buffer("scale", torch.ones(1, 1, 1, 1), persistent=False)
         return network
 
-    encoder = encoders.build(name, channels, stem).eval()
+    encoder = fill(encoders.build(name, channels, stem), "linear").eval()
     encoders.save(encoder, tmp_path / "encoder.pt")
     code = encoders.opened_by(encoder, tmp_path / "encoder.pt")
     wanted = {"resnet18-3stages": ["torchvision"]}.get(name, ["torchvision", "monai"] + ["timm"] * (stem != "small"))

@@ -16,12 +16,12 @@ from medssl.common.data import phantoms
 from tests import learning
 from tests.common import tiny_encoder
 
-CASES = {                          # method: (steps, words, what is measured, sign, level)
-    "rotation": (30, [], "accuracy", ">", 0.7),
-    "simclr": (75, ["temperature=0.2"], "loss / chance", "<", 0.95),
+CASES = {                          # method: (steps, rate, words, what is measured, sign, level)
+    "rotation": (20, 0.01, [], "accuracy", ">", 0.7),
+    "simclr": (75, 0.01, ["temperature=0.2"], "loss / chance", "<", 0.95),
     # ln 20 = 3.0 by chance; the loss itself rises at first
-    "medmoco": (45, ["queue_size=64", "momentum=0.9"], "local", "<", 2.8),
-    "spark": (25, ["width=32"], "textured", "<", 0.85),
+    "medmoco": (24, 0.03, ["queue_size=64", "momentum=0.9"], "local", "<", 2.8),
+    "spark": (14, 0.03, ["width=32"], "textured", "<", 0.85),
 }
 
 
@@ -37,11 +37,11 @@ def pictures():
 
 @pytest.mark.parametrize("name", CASES)
 def test_learns(name):
-    steps, words, what, sign, level = CASES[name]
+    steps, rate, words, what, sign, level = CASES[name]
     def value(steps):
         torch.manual_seed(0)
         encoder = tiny_encoder(1, "nopool" if name == "spark" else "default")
-        trained = learning.trained(name, steps, words, pictures(), 32, encoder=encoder, lr=0.01)
+        trained = learning.trained(name, steps, words, pictures(), 32, encoder=encoder, lr=rate)
         return learning.measure(what, *trained, pictures())
 
     untrained, trained = value(1), value(steps)

@@ -219,6 +219,13 @@ def test_decoder_sizes(stem, size, skips):
     assert Autoencoder(encoder, plain, decoder)(images)["restored"].shape == images.shape
 
 
+@pytest.mark.parametrize("classes", [1, 7, 20])
+def test_the_last_maps_are_enough_for_all_classes(classes):
+    decoder = unet.Decoder([8, 16, 32, 64], [4, 8, 16, 32], classes)
+    last = [stage.convs[0].out_channels for stage in decoder.last]
+    assert len(last) == 2 and min(last) >= 2 * classes and decoder.out.in_channels == last[-1]
+
+
 def test_skip_connections_carry_the_fine_maps_and_can_be_left_out():
     encoder = tiny_encoder()
     maps = [m.detach().requires_grad_() for m in encoder.features(batch(2))]

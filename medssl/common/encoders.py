@@ -10,6 +10,7 @@ libraries save holds wrappers' prefixes, slow copies and heads. `save` writes th
 `load` finds the network in what others saved and says what it took, `opened_by` says how to open ours elsewhere.
 """
 
+import functools
 import json
 import re
 from collections import Counter
@@ -131,6 +132,13 @@ def build(name, channels=1, stem="default", mean=None, std=None):
     encoder = ResNet(block, depths, width, channels, stem, mean, std)
     encoder.name = name
     return encoder
+
+
+@functools.cache
+def blank(block, depths, width, stem):
+    """A network without numbers: its keys and shapes."""
+    with torch.device("meta"):
+        return ResNet(block, depths, width, 1, stem)
 
 
 def exported(method):

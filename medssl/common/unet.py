@@ -3,7 +3,8 @@
 Ronneberger et al., "U-Net: Convolutional Networks for Biomedical Image Segmentation", MICCAI 2015, with ResNet maps as
 the left half. Each stage enlarges by two (nearest), puts the encoder's map of that size beside it (the skip connection)
 and runs two 3x3 convolutions. With skips=False only the coarsest map is used, so that everything has to pass the
-bottleneck.
+bottleneck. The last stages, which have no skip, halve the width, but leave at least two maps for each channel of the
+answer: from 8 maps for 7 classes a small class was often never told apart.
 """
 
 import torch
@@ -25,8 +26,9 @@ class Decoder(nn.Module):
         self.stages = nn.ModuleList(steps)
         self.last = nn.ModuleList()                                         # from the finest map's size to the image's
         for _ in range(strides[0].bit_length() - 1):
-            self.last.append(Stage(below, 0, max(8, below // 2)))
-            below = max(8, below // 2)
+            width = max(8, 2 * channels, below // 2)
+            self.last.append(Stage(below, 0, width))
+            below = width
         self.out = nn.Conv2d(below, channels, 1)
 
     def forward(self, maps):

@@ -236,8 +236,7 @@ def guess(state, where, file):
     for kind in [name] if name else encoders.ENCODERS:
         for first in [stem] if stem else ("default", "small"):              # "nopool" has the keys of "default"
             try:
-                with torch.device("meta"):                                  # shapes without numbers
-                    besides = encoders.left_out(state, encoders.build(kind, 1, first))
+                besides = encoders.left_out(state, encoders.blank(*encoders.ENCODERS[kind], first))
             except encoders.Unfit as error:
                 refused.append((error.matched, f"as {kind} with stem {first} it " + str(error).partition(": ")[2]))
             else:
