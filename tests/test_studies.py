@@ -236,13 +236,26 @@ def test_effects_speak_of_what_was_read_out(name, tmp_path):
         for seed in range(3):
             folder = tmp_path / "runs" / f"{row}-{seed}"
             folder.mkdir(parents=True)
-            record = {"step": 1, "order_accuracy": 0.5, "horizontal_accuracy": 0.6, "vertical_accuracy": 0.7}
+            record = {"step": 1, "order_accuracy": 0.5, "horizontal_accuracy": 0.8, "vertical_accuracy": 0.9}
             (folder / "log.jsonl").write_text(json.dumps(record) + "\n")
     found = findings.Found(given, [each for each in asked if isinstance(each, Evaluation)], tmp_path)
     effects = list(STUDIES[name].effects(found))
     assert effects and {effect.claim for effect in effects} - {None} == set(STUDIES[name].claims)
     for effect in effects:
         assert effect.values.shape == (3,) and np.isfinite(effect.values).all(), effect.words
+
+
+def test_heads_that_learnt_nothing_say_nothing(tmp_path):
+    """Two of three tiles are not turned: an accuracy of .67 is chance, of shallow heads and of deep ones."""
+    for row in ("shallow", "deep", "edges"):
+        for seed in range(3):
+            folder = tmp_path / "runs" / f"{row}-{seed}"
+            folder.mkdir(parents=True)
+            record = {"step": 1, "order_accuracy": 0.5, "horizontal_accuracy": 0.68, "vertical_accuracy": 0.9}
+            (folder / "log.jsonl").write_text(json.dumps(record) + "\n")
+    claims = {effect.words.split(":")[0]: effect.claim
+              for effect in protocols.rubik_effects(findings.Found(given_of(), [], tmp_path)) if "deep" in effect.words}
+    assert claims == {"horizontal accuracy": None, "vertical accuracy": 4, "order accuracy": None}
 
 
 def test_the_slope_is_what_a_halving_costs():

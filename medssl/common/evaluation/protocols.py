@@ -19,6 +19,7 @@ VIEWED = tuple(name for name in CONTRASTIVE if name != "swav")              # Sw
 SHARES = ("1.0", "0.5", "0.25", "0.1", "0.05")
 ALIKE = 0.02                        # scores that differ by less are called alike
 NEAR = 0.05                         # scores that differ by less are called near
+LEARNT = 0.05                       # above chance: a task is on the way to being solved
 LOOKS = (1, 2, 5, 10, 20, 50, 100, 200, 500)                                # epochs whose encoders are read out
 
 
@@ -105,10 +106,12 @@ def rubik(given):
 
 
 def rubik_effects(found):
-    for name in ("horizontal_accuracy", "vertical_accuracy", "order_accuracy"):
-        yield Effect(f"{name.replace('_', ' ')}: shallow less deep heads",
-                     found.logged("shallow", name) - found.logged("deep", name),
-                     claim=None if name.startswith("order") else 4)
+    for name, claim in (("horizontal_accuracy", 4), ("vertical_accuracy", 4), ("order_accuracy", None)):
+        shallow, words = found.logged("shallow", name), name.replace("_", " ")
+        learnt = shallow.mean() > 2 / 3 + LEARNT                            # else the runs were too short to tell
+        yield Effect(f"{words}: shallow less deep heads", shallow - found.logged("deep", name),
+                     claim=claim if learnt else None)
+        yield Effect(f"{words} of shallow heads", shallow)
     yield Effect("order accuracy: without gap and jitter less with both",
                  found.logged("edges", "order_accuracy") - found.logged("shallow", "order_accuracy"))
     for row, words in (("edges", "without gap and jitter"), ("plus", "RKB+")):
