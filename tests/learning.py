@@ -46,7 +46,7 @@ LEVELS = {                         # the longest first
     "rotation+simclr": (50, [], "rotation.accuracy", ">", 0.8),
 }
 
-RATES = {"swav": 1e-3, "pcrl": 6e-3}                                                      # where the others' 3e-3 is too fast or too slow
+RATES = {"swav": 1e-3, "pcrl": 6e-3}                                       # where 3e-3 is too fast or too slow
 
 
 def trained(name, steps, words, dataset, size=SIZE, encoder=None, lr=None):
