@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import evaluate
-from medssl.common import cli, encoders, metrics, plots
+from medssl.common import cli, encoders, metrics, pen, plots
 from medssl.common.data import Dataset
 from medssl.common.evaluation import keep, readouts, report, scores, study, subsets, tasks
 from medssl.common.evaluation.study import Cell, Model, Settings, Study
@@ -72,9 +72,10 @@ def npz(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="module")
 def small(tmp_path_factory):
-    """One cache for all tests, a smaller network under the name tiny, intervals from few draws, and three strengths of
-    the linear probe's penalty to choose from."""
+    """One cache for all tests, a smaller network under the name tiny, intervals from few draws, three strengths of the
+    linear probe's penalty to choose from, and pictures drawn at their own size, not at twice."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pen, "SCALE", 1)
         patch.setitem(encoders.ENCODERS, "tiny", TINY)
         patch.setenv("MEDSSL_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(readouts, "L2_GRID", readouts.L2_GRID[1::2])
