@@ -255,12 +255,16 @@ def test_how_other_libraries_open_a_file(name, channels, stem, tmp_path, undrawn
         network.register_buffer("scale", torch.ones(1, 1, 1, 1), persistent=False)
         return network
 
-    encoder = fill(encoders.build(name, channels, stem), "linear").eval()
+    encoder = encoders.build(name, channels, stem).eval()
+    for p in encoder.parameters():
+        if p.ndim == 4:
+            p.data.uniform_(-0.05, 0.05)
     encoders.save(encoder, tmp_path / "encoder.pt")
     code = encoders.opened_by(encoder, tmp_path / "encoder.pt")
     wanted = {"resnet18-3stages": ["torchvision"]}.get(name, ["torchvision", "monai"] + ["timm"] * (stem != "small"))
     assert list(code) == wanted
     x, seen = torch.rand(2, channels, 64, 64), []
+    assert encoder(x).mean() > 0.01
     for library, lines in code.items():
         fake = {"torchvision": SimpleNamespace(models=SimpleNamespace(resnet18=stand_in))}
         try:
