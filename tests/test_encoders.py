@@ -39,7 +39,7 @@ def fill(encoder, rule):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Weights that are filled or loaded need not be drawn first: of large networks that takes long."""
-    monkeypatch.setattr(torch.nn.init, "kaiming_normal_", lambda weight, **words: weight)
+    monkeypatch.setattr(torch.nn.init, "kaiming_normal_", lambda weight, *args, **words: weight)
     monkeypatch.setattr(torch.nn.Conv2d, "reset_parameters", lambda conv: None)
 
 
