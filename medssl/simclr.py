@@ -52,9 +52,9 @@ RECIPE = {                       # Zhang et al. 2023, the released settings for 
     "size": 128,
 }
 
-SMALL = {                        # not measured against other values
-    "views": "contrastive",      # MoCo v2's, with its temperature
-    "temperature": 0.2,
+SMALL = {                        # 300 steps on phantoms, kNN on validation patients, one seed
+    "views": "contrastive",      # .479, with "slices" .416
+    "temperature": 0.2,          # with 0.1 .495, with 0.5 .489: no difference
 }
 
 
