@@ -153,7 +153,9 @@ def one_each(labels, others):
 def from_folder(path):
     names, splits, masks = image_names(path), None, None
     if not names:
-        raise UserError(f"{path}: no images found ({' '.join(FLAT + SOLID)})")
+        foreign = next((file for file in sorted(Path(path).rglob("*")) if readers.way_out(readers.suffix(file))), None)
+        raise UserError(f"{path}: no images found ({' '.join(FLAT + SOLID)})"
+                        + (f"; {foreign.name}: {readers.way_out(readers.suffix(foreign))}" if foreign else ""))
     if saved_by_medmnist(names):
         return from_medmnist(path, names)
     parts = [name.split("/") for name in names]
