@@ -152,6 +152,27 @@ def test_a_run_of_an_earlier_version(split, capsys):
     assert "damaged" in fails(capsys, "--resume", "--out", "run")
 
 
+def test_what_config_json_cannot_say_is_told_before_a_run_is_gone_on_with(split, capsys):
+    train.main(["--method", "simclr", "--data", str(split), *FAST, "--out", "run"])
+    whole = json.loads(Path("run/config.json").read_text())
+    part = whole["arguments"]["parts"]["simclr"]
+    for word, value in (("encoder", "vit"), ("stem", []), ("optimizer", "sdg"), ("amp", None), ("data", 5),
+                        ("size", 2.5), ("size", 0), ("steps", "3"), ("steps", 10 ** 12), ("lr", None), ("lr", -1),
+                        ("seed", "x"), ("method", "dcl"), ("parts", {}), ("options", 5), ("compile", 1),
+                        ("device", None), ("parts", {"simclr": part | {"views": "none"}}), ("parts", {"simclr": part | {"words": 5}}),
+                        ("parts", {"simclr": part | {"words": {"temperature": "x"}}})):
+        Path("run/config.json").write_text(json.dumps(whole | {"arguments": whole["arguments"] | {word: value}}))
+        assert "run/config.json: damaged" in fails(capsys, "--resume", "--out", "run"), (word, value)
+    for found in None, {}, "x":
+        Path("run/config.json").write_text(json.dumps(whole | {"data": found}))
+        assert "run/config.json: damaged" in fails(capsys, "--resume", "--out", "run")
+    wrong = whole["arguments"] | {"parts": {"simclr": part | {"words": {"temperature": -1}}}}
+    Path("run/config.json").write_text(json.dumps(whole | {"arguments": wrong}))
+    assert "temperature=-1: has to be" in fails(capsys, "--resume", "--out", "run")
+    Path("run/config.json").write_text(json.dumps(whole))
+    train.main(["--resume", "--out", "run"])
+
+
 def test_both_random_networks_stand_beside_the_trained_one(split, capsys):
     """As it starts, and with BatchNorm's statistics of the images: what each scores is known from elsewhere."""
     train.main(["--method", "simclr", "--data", str(split), *FAST, "--out", "run"])
