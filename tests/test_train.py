@@ -159,7 +159,8 @@ def test_what_config_json_cannot_say_is_told_before_a_run_is_gone_on_with(split,
     for word, value in (("encoder", "vit"), ("stem", []), ("optimizer", "sdg"), ("amp", None), ("data", 5),
                         ("size", 2.5), ("size", 0), ("steps", "3"), ("steps", 10 ** 12), ("lr", None), ("lr", -1),
                         ("seed", "x"), ("method", "dcl"), ("parts", {}), ("options", 5), ("compile", 1),
-                        ("device", None), ("parts", {"simclr": part | {"views": "none"}}), ("parts", {"simclr": part | {"words": 5}}),
+                        ("device", None), ("parts", {"simclr": part | {"views": "none"}}),
+                        ("parts", {"simclr": part | {"words": 5}}),
                         ("parts", {"simclr": part | {"words": {"temperature": "x"}}})):
         Path("run/config.json").write_text(json.dumps(whole | {"arguments": whole["arguments"] | {word: value}}))
         assert "run/config.json: damaged" in fails(capsys, "--resume", "--out", "run"), (word, value)
