@@ -181,6 +181,14 @@ def test_looking_at_volumes_lists_what_cannot_be_used(tmp_path, capsys, monkeypa
     assert "2.mha: 2 x 32 x 32" in capsys.readouterr().out
 
 
+def test_what_is_made_of_a_set_does_not_become_a_part_of_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(class_folders(tmp_path))
+    said(capsys, ".")
+    assert (tmp_path / "set/contact_sheet.png").exists() and data.load(".").classes == ("a", "b")
+    with pytest.raises(UserError, match="--to ready: lies inside the set"):
+        said(capsys, ".", "--to", "ready")
+
+
 @pytest.mark.parametrize("name", ["x.mgz", "x.nrrd", "X.HDR"])
 def test_foreign_files_are_told_how_to_be_converted_alone_and_in_folders(tmp_path, name):
     (tmp_path / name).write_bytes(b"anything")

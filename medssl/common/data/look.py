@@ -10,7 +10,6 @@ from .sources import NO_MASK, complain
 
 SHOWN = 48                                                                  # images on the contact sheet
 LOOKED_AT = 4000                                                            # images searched for near copies
-SHEET = "contact_sheet.png"
 
 
 def report(dataset, rows, kind, names, notes):
