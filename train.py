@@ -90,6 +90,7 @@ def assemble(settings, dataset, say):
     channels = dataset.images.shape[1]
     torch.manual_seed(settings.seed)                                        # the same first weights in every process
     encoder = encoders.build(settings.encoder, channels, settings.stem, dataset.mean, dataset.std)
+    encoder.size = settings.size                                            # stands in encoder.json
     if settings.init:
         matched, total = encoders.load(settings.init, encoder, lambda line: say(f"note: {line}"))
         say(f"starting from {settings.init}: {matched} of {total} tensors matched")

@@ -71,6 +71,7 @@ def test_a_run_leaves_what_it_promises(folder, capsys):
     assert files.read_run(out) == files.Run(str(folder.resolve()), "label", 32, 1, "tiny", "default")
     assert torch.load(out / "checkpoint.pt", weights_only=True)["method"]["queue"].shape == (24, 16)
     encoders.load(out, encoders.build("tiny", 1, "default"))
+    assert all(encoders.about(out / name)["size"] == 32 for name in ("encoder.pt", "encoder-2.pt"))
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == [1, 2, 3] and {"loss", "chance", "lr", "images_per_s", "rank_me",
                                                             "spread"} <= log[-1].keys()

@@ -279,6 +279,7 @@ def load_network(model, study):
         raise UserError(f"{model.file.with_suffix('.json')}: damaged; it should hold the lists mean and std") from None
     values = [v if len(v) == channels else [sum(v) / len(v)] * channels for v in values]
     network = encoders.build(model.encoder, channels, model.stem, *values)
+    network.size = known.get("size")                                        # for --export
     encoders.load(model.file, network, study.note)
     if not all(v.isfinite().all() for v in network.state_dict().values()):
         raise UserError(f"{model.file}: holds weights that are not finite")
