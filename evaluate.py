@@ -29,6 +29,7 @@ from medssl.common.evaluation import figures, foreign, keep, plan, readouts, rep
 from medssl.common.evaluation.study import Settings, Where, file_name, open_study
 from medssl.common.evaluation.tasks import TASKS
 
+SEEDS = 1000                                                                # at most
 STRENGTHS = [f"S{i}" for i in range(7)]
 
 
@@ -132,6 +133,10 @@ def parse(argv):
     for flag, path in (("--export", args.export), ("--features", args.features)):
         if path and not Path(path).absolute().parent.is_dir():
             parser.error(f"{flag} {path}: there is no folder {Path(path).parent}")
+        if path and Path(path).is_dir():
+            parser.error(f"{flag} {path}: is a folder; name a file in it")
+    if args.seeds > SEEDS:
+        parser.error(f"--seeds {args.seeds}: at most {SEEDS}")
     return args
 
 

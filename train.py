@@ -38,7 +38,7 @@ RUN = "checkpoint.pt"                                                       # wh
 
 def main(argv=None):
     args = parse(argv)
-    settings, cost = (settled.stored(args.out, args.device), None) if args.resume else begin(args)
+    settings, cost = (settled.stored(args.out, args.device, METHODS), None) if args.resume else begin(args)
     rank, world, device = loop.processes(settings.device)
     say = print if rank == 0 else lambda *_, **__: None
     loop.parts_of(settings.batch, settings.accum, world)                    # or the line that says why not
@@ -90,11 +90,13 @@ def assemble(settings, dataset, say):
     channels = dataset.images.shape[1]
     torch.manual_seed(settings.seed)                                        # the same first weights in every process
     encoder = encoders.build(settings.encoder, channels, settings.stem, dataset.mean, dataset.std)
+    encoder.size = settings.size                                            # stands in encoder.json
     if settings.init:
         matched, total = encoders.load(settings.init, encoder, lambda line: say(f"note: {line}"))
         say(f"starting from {settings.init}: {matched} of {total} tensors matched")
     first = copy.deepcopy(encoder)
-    return settled.build(METHODS, settings.parts, encoder, channels, settings.size), first
+    with cli.told(settings.method, *settled.sources(METHODS, settings)):    # of a resumed run nobody has asked yet
+        return settled.build(METHODS, settings.parts, encoder, channels, settings.size), first
 
 
 def headline(settings, cost):

@@ -86,7 +86,7 @@ def trained(args):
     folder = Path(args.run)
     if not (folder / "checkpoint.pt").is_file():
         raise UserError(f"--run {folder}: there is no checkpoint.pt; train.py leaves one")
-    run, config = settings.stored(folder, "cpu"), files.read_config(folder)
+    run, config = settings.stored(folder, "cpu", METHODS), files.read_config(folder)
     if run.method != args.method:
         raise UserError(f"--run {folder}: it trained {run.method}, not {args.method}")
     dataset = data.load(args.data or run.data, run.size, config["data"]["channels"], run.label, run.cache)

@@ -349,6 +349,17 @@ def test_whatever_a_damaged_file_raises_becomes_a_line(tmp_path):
     assert raised >= {"UnpicklingError", "RuntimeError"} and len(raised) > 3
 
 
+def test_a_flipped_bit_among_the_weights_is_found(tmp_path):
+    """torch does not look at the checksums that it writes, and would take other weights."""
+    torch.save({"a": torch.full((64,), 3.0)}, tmp_path / "a.pt")
+    whole = (tmp_path / "a.pt").read_bytes()
+    at = whole.index(torch.full((64,), 3.0).numpy().tobytes()) + 101
+    (tmp_path / "a.pt").write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1:])
+    assert not torch.equal(torch.load(tmp_path / "a.pt", weights_only=True)["a"], torch.full((64,), 3.0))
+    with pytest.raises(UserError, match="damaged"):
+        files.load_torch(tmp_path / "a.pt")
+
+
 def test_first_weights_are_scaled_to_their_fan():
     weight = encoders.build("resnet18").layer4[0].conv2.weight
     assert math.isclose(weight.std().item(), math.sqrt(2 / (512 * 9)), rel_tol=0.02)

@@ -301,6 +301,11 @@ def test_wrong_words(home, npz, capsys):
     assert "exactly one" in fails(capsys, home / "run", *words, "--export", "x.pt")
     assert "no folder" in fails(capsys, *words, "--export", "nowhere/x.pt")
     assert "no folder" in fails(capsys, *words, "--features", "nowhere/x.npz")
+    Path("folder").mkdir()
+    for flag in "--export", "--features":
+        assert "is a folder" in fails(capsys, *words, flag, "folder")
+    assert "at most 1000" in fails(capsys, *words, "--seeds", "100000000")
+    assert "--epochs: 1e300 is more than" in fails(capsys, *words, "--epochs", "1e300")
     Path("file").write_text("")
     assert "file" in fails(capsys, *words, "--out", "file/deep")
     assert not Path("results").exists()
@@ -331,6 +336,11 @@ def test_evil_and_damaged_weights(home, capsys, monkeypatch):
     Path("hollow/encoder.pt").write_bytes((home / "run/encoder.pt").read_bytes())
     Path("hollow/config.json").write_text("{")
     assert "damaged" in fails(capsys, "hollow")
+    config = json.loads((home / "run/config.json").read_text())
+    for room, word, value in (("encoder", "name", "vit"), ("encoder", "stem", []), ("arguments", "data", 5),
+                              ("data", "size", "64")):
+        Path("hollow/config.json").write_text(json.dumps(config | {room: config[room] | {word: value}}))
+        assert "hollow/config.json: " in fails(capsys, "hollow")
 
 
 def test_differences_are_taken_seed_by_seed():
@@ -423,6 +433,10 @@ def test_features_of_another_program_score_as_their_weights_do(home, capsys):
     assert "has 96 images" in fails(capsys, "short.npz", "--data", home / "set")
     np.savez("other.npz", x=np.zeros(3))
     assert "no array named features, but x" in fails(capsys, "other.npz", "--data", home / "set")
+    for wrong in ({"files": names[:90]}, {"files": np.array(3)}, {"rows": np.arange(96)[:, None]},
+                  {"rows": np.full(96, np.nan)}, {"rows": np.array(names)}):
+        np.savez("wrong.npz", features=features.numpy(), **wrong)
+        assert "must name each of the 96 rows" in fails(capsys, "wrong.npz", "--data", home / "set")
     np.savez("evil.npz", features=np.array([{}], object))
     assert "evil.npz" in fails(capsys, "evil.npz", "--data", home / "set")
 
@@ -475,6 +489,11 @@ def test_a_stopped_evaluation_goes_on(home, monkeypatch, capsys):
         fit.write_bytes(damaged)
         assert f"{fit}: damaged" in fails(capsys, *words)
     fit.write_bytes(whole)
+    for name in "asked.json", "results.json":                               # JSON, but not what was written there
+        kept = Path("out", name).read_text()
+        Path("out", name).write_text("[]")
+        assert "--out out: holds " in fails(capsys, *words)
+        Path("out", name).write_text(kept)
     run(*words)
     assert len(done) == 2 * 8 - first                                       # nothing was fitted twice
     monkeypatch.setattr(tasks, "run", original)

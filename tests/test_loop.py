@@ -50,6 +50,13 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_a_long_run_starts_at_once():
+    """A list of its steps would take terabytes."""
+    records = loop.fit(make("rotation"), pictures(), config(steps=10 ** 12))
+    assert next(records)["step"] == 1
+    records.close()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_resume_is_exact_for_every_method(name):
     with tempfile.TemporaryDirectory() as folder:

@@ -123,6 +123,7 @@ def holds(args, row, flags):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_defaults_are_those_of_the_code(name):
+    assert name in SECTIONS, f"docs/papers.md wants a section {name} with its table of defaults"
     rows = tables(SECTIONS[name])
     stated = {row["word"]: value(row["here"]) for row in rows}
     assert len(stated) == len(rows), "a word stands twice"

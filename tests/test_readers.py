@@ -319,6 +319,11 @@ def test_nifti_is_turned_by_its_affine(tmp_path, version):
     assert np.array_equal(readers.read_volume(write(tmp_path / "d.nii", nifti(version=version))), VOLUME.transpose())
 
 
+def test_sheared_axes_are_named_as_nibabel_names_them():
+    """nibabel 5's aff2axcodes says so; the nearest letter of each axis as it stands would be another."""
+    assert volumes.letters(np.array([[-2, -5, -4], [6, -9, -3], [-5, -5, 3]])) == "ILA"
+
+
 def test_every_order_and_direction_of_axes():
     """All 48, tilted by some degrees: voxel by voxel, each lands where its place in the patient says."""
     axes = {"R": (-1, 0, 0), "L": (1, 0, 0), "A": (0, -1, 0), "P": (0, 1, 0), "I": (0, 0, -1), "S": (0, 0, 1)}

@@ -159,6 +159,43 @@ def test_no_image_left_names_the_window(tmp_path):
         prepare.main([str(tmp_path / "set"), "--to", str(tmp_path / "ready"), "--window", "100", "200"])
 
 
+def test_slices_of_a_volume_stay_together_whatever_the_groups_say(tmp_path, capsys):
+    for n in range(4):
+        save_volume(tmp_path / f"set/{n}.mha", np.stack([pixels(10 * n + z) for z in range(3)]))
+    table(tmp_path / "set", "file,group\n0.mha,A\n1.mha,A\n2.mha,\n3.mha,\n")              # two have no patient
+    said(capsys, tmp_path / "set", "--to", tmp_path / "ready", "--split", 0.5, 0.25, 0.25)
+    groups = data.load(tmp_path / "ready").groups.reshape(4, 3)
+    assert (groups == groups[:, :1]).all() and len(np.unique(groups)) == 3
+    (tmp_path / "set/split.csv").unlink()
+    with pytest.raises(UserError, match="--group-by parent: does not match 4 of 4 names, first 0.mha"):
+        find(tmp_path / "set", group_by="parent", volumes=True)
+
+
+def test_looking_at_volumes_lists_what_cannot_be_used(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for n in range(3):
+        save_volume(tmp_path / f"set/{n}.mha", np.stack([pixels(n)] * 2))
+    (tmp_path / "set/0.mha").write_bytes(b"ObjectType = Image")
+    with pytest.raises(UserError, match="1 of 3 images cannot be used: .*0.mha: is not a .* --skip-unreadable"):
+        said(capsys, tmp_path / "set")
+    assert "2.mha: 2 x 32 x 32" in capsys.readouterr().out
+
+
+def test_what_is_made_of_a_set_does_not_become_a_part_of_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(class_folders(tmp_path))
+    said(capsys, ".")
+    assert (tmp_path / "set/contact_sheet.png").exists() and data.load(".").classes == ("a", "b")
+    with pytest.raises(UserError, match="--to ready: lies inside the set"):
+        said(capsys, ".", "--to", "ready")
+
+
+@pytest.mark.parametrize("name", ["x.mgz", "x.nrrd", "X.HDR"])
+def test_foreign_files_are_told_how_to_be_converted_alone_and_in_folders(tmp_path, name):
+    (tmp_path / name).write_bytes(b"anything")
+    for path in tmp_path / name, tmp_path:
+        refused([name, "NIfTI"], path)
+
+
 # ---- DICOM
 
 def save_dicom(path, array, patient="", series="1.2.3", z=0):

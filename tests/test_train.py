@@ -72,6 +72,7 @@ def test_a_run_leaves_what_it_promises(folder, capsys):
     assert files.read_run(out) == files.Run(str(folder.resolve()), "label", 32, 1, "tiny", "default")
     assert torch.load(out / "checkpoint.pt", weights_only=True)["method"]["queue"].shape == (24, 16)
     encoders.load(out, encoders.build("tiny", 1, "default"))
+    assert all(encoders.about(out / name)["size"] == 32 for name in ("encoder.pt", "encoder-2.pt"))
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == [1, 2, 3] and {"loss", "chance", "lr", "images_per_s", "rank_me",
                                                             "spread"} <= log[-1].keys()
@@ -151,6 +152,28 @@ def test_a_run_of_an_earlier_version(split, capsys):
     assert "earlier version" in fails(capsys, "--resume", "--out", "run")
     Path("run/config.json").write_text("{")
     assert "damaged" in fails(capsys, "--resume", "--out", "run")
+
+
+def test_what_config_json_cannot_say_is_told_before_a_run_is_gone_on_with(split, capsys):
+    train.main(["--method", "simclr", "--data", str(split), *FAST, "--out", "run"])
+    whole = json.loads(Path("run/config.json").read_text())
+    part = whole["arguments"]["parts"]["simclr"]
+    for word, value in (("encoder", "vit"), ("stem", []), ("optimizer", "sdg"), ("amp", None), ("data", 5),
+                        ("size", 2.5), ("size", 0), ("steps", "3"), ("steps", 10 ** 12), ("lr", None), ("lr", -1),
+                        ("seed", "x"), ("method", "dcl"), ("parts", {}), ("options", 5), ("compile", 1),
+                        ("device", None), ("parts", {"simclr": part | {"views": "none"}}),
+                        ("parts", {"simclr": part | {"words": 5}}),
+                        ("parts", {"simclr": part | {"words": {"temperature": "x"}}})):
+        Path("run/config.json").write_text(json.dumps(whole | {"arguments": whole["arguments"] | {word: value}}))
+        assert "run/config.json: damaged" in fails(capsys, "--resume", "--out", "run"), (word, value)
+    for found in None, {}, "x":
+        Path("run/config.json").write_text(json.dumps(whole | {"data": found}))
+        assert "run/config.json: damaged" in fails(capsys, "--resume", "--out", "run")
+    wrong = whole["arguments"] | {"parts": {"simclr": part | {"words": {"temperature": -1}}}}
+    Path("run/config.json").write_text(json.dumps(whole | {"arguments": wrong}))
+    assert "temperature=-1: has to be" in fails(capsys, "--resume", "--out", "run")
+    Path("run/config.json").write_text(json.dumps(whole))
+    train.main(["--resume", "--out", "run"])
 
 
 def test_both_random_networks_stand_beside_the_trained_one(split, capsys):

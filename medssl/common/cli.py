@@ -18,6 +18,8 @@ from .. import __version__
 from .data.pixels import MOST
 from .errors import UserError
 
+MUCH = 10 ** 9                                                              # steps, images, epochs: nothing is more
+
 
 class Parser(argparse.ArgumentParser):
     """argparse with --version, and an error of one line instead of the whole usage."""
@@ -37,7 +39,7 @@ def positive(text):
     """For argparse: a whole number from 1 up."""
     if int(text) < 1:
         raise ValueError
-    return int(text)
+    return int(not_negative(text))
 
 
 def side(text):
@@ -77,6 +79,8 @@ def positive_number(text):
 def not_negative(text):
     if not 0 <= float(text) < math.inf:
         raise ValueError
+    if float(text) > MUCH:
+        raise argparse.ArgumentTypeError(f"{text} is more than {MUCH:,}, the most that makes sense anywhere")
     return float(text)
 
 

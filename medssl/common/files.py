@@ -5,8 +5,9 @@ import json
 import math
 import os
 import time
+import zipfile
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -81,6 +82,10 @@ def load_torch(path):
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
+        if zipfile.is_zipfile(path):                                        # torch does not look at the checksums
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():
+                    raise ValueError("wrong checksum")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                                              # of damaged bytes it may raise anything
         raise UserError(f"{path}: refused, it is damaged or holds more than tensors and plain values "
@@ -105,12 +110,23 @@ def read_run(folder):
     """The Run of a folder made by this version or the one before it, from its config.json."""
     config = read_config(folder)
     try:
-        return Run(**{name: config["arguments"][name] for name in ("data", "label")},
-                   **{name: config["data"][name] for name in ("size", "channels")},
-                   encoder=config["encoder"]["name"], stem=config["encoder"]["stem"])
+        run = Run(**{name: config["arguments"][name] for name in ("data", "label")},
+                  **{name: config["data"][name] for name in ("size", "channels")},
+                  encoder=config["encoder"]["name"], stem=config["encoder"]["stem"])
+        check_kinds(run)
+        return run
     except (KeyError, TypeError):
         path = Path(folder) / "config.json"
         raise UserError(f"{path}: damaged; leave it away and the weights are taken as bare ones") from None
+
+
+def check_kinds(record):
+    """Every field of a dataclass must hold what its annotation says; whole numbers do for others."""
+    for each in fields(record):
+        value, kind = getattr(record, each.name), each.type
+        kind = kind | int if isinstance(0.5, kind) else kind
+        if not isinstance(value, kind) or isinstance(value, bool) and not isinstance(True, each.type):
+            raise TypeError(f"{each.name} is {value!r}")
 
 
 def read_config(folder):

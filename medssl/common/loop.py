@@ -6,7 +6,6 @@ and a resumed run is the uninterrupted one. `fit` is a generator: it yields one 
 stop without callbacks. The device is waited for on logging steps and before saving, nowhere else.
 """
 
-import itertools
 import os
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from .errors import UserError
 from .feed import batch_order, batches, make_views, mix
 
 LARGEST = 2 ** 16                                   # images in a batch
+AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -69,11 +69,11 @@ def fit(method, dataset, config, rows=None, weights=None, groups=None):
     start = restore(config, method, optimizer, scaler, rank) if config.resume else 0
     log = files.Log(Path(config.out) / "log.jsonl" if config.out and rank == 0 else None, start)
     model, call = wrap(method, config, world)
-    dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.amp]
+    dtype = AMP[config.amp]
     first_bad = torch.full((), -1, device=device)                   # the first step with a loss that is not finite
 
     def shares():                                                   # of this rank, of each micro-batch to come
-        for step, micro in itertools.product(range(start, config.steps), range(config.accum)):
+        for step, micro in ((step, micro) for step in range(start, config.steps) for micro in range(config.accum)):
             yield rows[batch_order(len(rows), config.batch, step, config.seed, weights)[micro * world + rank::parts]]
 
     with closing(batches(dataset.images, shares(), device)) as feed, StopSignal() as stop:

@@ -74,7 +74,7 @@ class Settings:
                            **{name: getattr(self, name) for name in same})
 
 
-def stored(folder, device):
+def stored(folder, device, methods):
     """The settings of the run that is gone on with; the device may be another one now."""
     if not (Path(folder) / "checkpoint.pt").is_file():
         raise UserError(f"--resume --out {folder}: there is no checkpoint.pt")
@@ -85,11 +85,32 @@ def stored(folder, device):
     try:
         settings = Settings(**config["arguments"])
         settings.parts = {name: Part(**part) for name, part in settings.parts.items()}
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{Path(folder) / 'config.json'}: damaged; a run is gone on with from its checkpoint.pt and "
-                        "config.json") from None
+        check(settings, config["data"], methods)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{Path(folder) / 'config.json'}: damaged ({error}); a run is gone on with from its "
+                        "checkpoint.pt and config.json") from None
     settings.device = settings.device if device == "auto" else device
     return settings
+
+
+def check(settings, data, methods):
+    """What config.json says may have been edited, or mangled: an error of any kind, if a run cannot go on with it."""
+    for record in (settings, *settings.parts.values()):
+        files.check_kinds(record)
+    named = {"encoder": encoders.ENCODERS, "stem": encoders.STEMS, "optimizer": optim.OPTIMIZERS, "amp": loop.AMP}
+    for word, names in named.items():
+        cli.one_of(getattr(settings, word), names, word)
+    if list(settings.parts) != names_of(settings.method, methods):
+        raise ValueError(f"parts are {', '.join(settings.parts)}, the method is {settings.method}")
+    for name, part in settings.parts.items():
+        cli.check_settings(part.words, inspect.signature(methods[name]), FILLED, name)
+        for views in filter(None, (part.views, part.views_small)):
+            cli.one_of(views, augment.VIEWS, "views")
+    for word in ("size", "batch", "accum", "steps", "save_every", "log_every"):
+        if not 1 <= getattr(settings, word) <= cli.MUCH:
+            raise ValueError(f"{word} is {getattr(settings, word)}")
+    if not (settings.lr > 0 and {"images", "channels"} <= data.keys()):
+        raise ValueError("lr is not above 0, or data says nothing of the images")
 
 
 def names_of(asked, methods):

@@ -263,9 +263,9 @@ class Work:
         return done
 
     def group(self, row, several=False):
-        if self.source.groups:
-            return self.source.groups[row]
-        return self.source.names[row] if several else ""                    # a volume is a group
+        """The slices of a volume stay together, also where others have a group and it has none."""
+        own = self.source.groups[row] if self.source.groups else ""
+        return own or (self.source.names[row] if several else "")
 
     def class_indices(self, row, mask, image):
         source = self.source

@@ -52,17 +52,17 @@ def layout(path, label):
         return from_npy(path)
     if is_solid(str(path)):
         return from_files(path, "one volume", [path.name], [str(path)])
-    raise UserError(f"{path}: a set is a folder, split.csv, .npz or .npy, not a single {kind or 'unnamed'} file")
+    way = readers.way_out(kind)
+    raise UserError(f"{path}: {kind} {way}" if way else
+                    f"{path}: a set is a folder, split.csv, .npz or .npy, not a single {kind or 'unnamed'} file")
 
 
 def grouped(source, pattern):
     """The group of each image, from its name."""
     if source.kind in ARRAYS:
         raise UserError(f"{source.path}: --group-by looks at file names, and a {source.kind} has none")
-    if pattern == "parent":
-        return [os.path.dirname(name) for name in source.names]
     try:
-        found = [re.search(pattern, name) for name in source.names]
+        found = [re.search(".*(?=/)" if pattern == "parent" else pattern, name) for name in source.names]
     except re.error as error:
         raise UserError(f"--group-by {pattern}: not a regular expression ({error})") from None
     groups = [match and match.group(bool(match.re.groups)) for match in found]

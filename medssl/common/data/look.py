@@ -3,13 +3,13 @@ import numpy as np
 from PIL import Image
 
 from .. import sheets
+from ..errors import UserError
 from . import pixels
 from .copies import NEAR, difference_hash, is_near
-from .sources import NO_MASK
+from .sources import NO_MASK, complain
 
 SHOWN = 48                                                                  # images on the contact sheet
 LOOKED_AT = 4000                                                            # images searched for near copies
-SHEET = "contact_sheet.png"
 
 
 def report(dataset, rows, kind, names, notes):
@@ -119,9 +119,13 @@ def report_volumes(source, path, size=192):
     if source.groups:
         print(f"patients (groups):       {len(set(source.groups))}")
     read, read_mask = source.open(None)
-    pictures, masks = [], []
+    pictures, masks, problems = [], [], []
     for row in sorted(set(np.linspace(0, len(source.names) - 1, 24).astype(int))):
-        array, mask = read(row), read_mask(row)
+        try:
+            array, mask = read(row), read_mask(row)
+        except UserError as error:
+            problems.append(str(error))
+            continue
         layers = pixels.slices(array, source.names[row], 0)
         middle, (low, high) = len(layers) // 2, np.nanpercentile(layers, (0.5, 99.5))
         print(f"  {source.names[row]}: {pixels.by(array.shape)}, values {np.nanmin(array):g} to {np.nanmax(array):g}"
@@ -132,5 +136,6 @@ def report_volumes(source, path, size=192):
         if mask is not None and mask.shape == array.shape:
             layer = pixels.slices(mask, source.names[row], 0)[middle].astype(np.uint8)
             masks[-1] = pixels.fitted(layer, size, "pad", Image.NEAREST)
+    complain(source, problems)
     layers = [np.stack(masks)] if source.masks else []
     sheets.sheet([("", np.stack(pictures), *layers)], path, columns=6)

@@ -32,7 +32,8 @@ from . import cache, decode, load, phantoms, pixels, sources, stacks
 from . import dataset as sets
 from .copies import NEAR
 from .layouts import find
-from .look import SHEET, draw, report, report_volumes
+from .look import draw, report, report_volumes
+from .sources import SHEET
 
 
 def main(arguments=None):
@@ -137,6 +138,9 @@ def check(words, source, folder):
         raise UserError(f"--split: {source.path} has splits already")
     if words.split:
         sets.check_fractions(words.split)
+    beside = sources.BUILT_IN, sources.PREPARED, "split.csv", "images and masks"            # other folders do not count
+    if source.kind not in beside and Path(source.path).resolve() in folder.resolve().parents:
+        raise UserError(f"--to {folder}: lies inside the set and would become a part of it; name a folder elsewhere")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--to {folder}: exists and is not empty; name a new folder")
 

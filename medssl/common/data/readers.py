@@ -88,10 +88,15 @@ def kind_of(path):
     return ".dcm" if kind not in SUFFIXES and is_dicom(path) else kind
 
 
+def way_out(kind):
+    """Why files with this ending cannot be read, and what to do: the end of a sentence. None of unknown endings."""
+    return next((way for kinds, way in FOREIGN.items() if kind in kinds), None)
+
+
 def refusal(kind):
-    """Why files with this ending cannot be read, and what to do: the end of a sentence that begins with the path."""
-    way = next((way for kinds, way in FOREIGN.items() if kind in kinds), None)
-    return f"{kind or 'a file without an ending'} {way or 'cannot be read; what can be: ' + ' '.join(SUFFIXES)}"
+    """As `way_out`, for any ending: a sentence's end that comes after the path."""
+    way = way_out(kind) or "cannot be read; what can be: " + " ".join(SUFFIXES)
+    return f"{kind or 'a file without an ending'} {way}"
 
 
 def regular(path, state=None):

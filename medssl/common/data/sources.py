@@ -30,6 +30,7 @@ SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "
           "test": "test", "testing": "test", "unlabeled": "unlabeled", "unlabelled": "unlabeled"}
 SAVED = re.compile(r"(train|val|test)\d+_(\d+(?:_\d+)*)\.\w+")              # how medmnist's .save() names a picture
 MONTAGE = "_montage.jpg"
+SHEET = "contact_sheet.png"                                                 # drawn of a set, and none of its images
 COLUMNS = ("file", "label", "mask", "split", "group")                       # of a table
 SEPARATOR = re.compile(r"[|;]")                                             # between the labels of one image
 SEVERAL = "{} labels per image: none of them can be the class, so they are left out (no labels)"
@@ -153,7 +154,9 @@ def one_each(labels, others):
 def from_folder(path):
     names, splits, masks = image_names(path), None, None
     if not names:
-        raise UserError(f"{path}: no images found ({' '.join(FLAT + SOLID)})")
+        foreign = next((file for file in sorted(Path(path).rglob("*")) if readers.way_out(readers.suffix(file))), None)
+        raise UserError(f"{path}: no images found ({' '.join(FLAT + SOLID)})"
+                        + (f"; {foreign.name}: {readers.way_out(readers.suffix(foreign))}" if foreign else ""))
     if saved_by_medmnist(names):
         return from_medmnist(path, names)
     parts = [name.split("/") for name in names]
@@ -214,7 +217,7 @@ def image_names(path):
 
 
 def is_image(file):
-    return file.lower().endswith(FLAT + SOLID) or is_dicom(file)
+    return os.path.basename(file) != SHEET and (file.lower().endswith(FLAT + SOLID) or is_dicom(file))
 
 
 # ---- folders that medmnist's .save() wrote

@@ -3,7 +3,6 @@
 readers.py decides what to open and names the file in every error.
 """
 import gzip
-import itertools
 import math
 import os
 import struct
@@ -65,15 +64,21 @@ def stated(path):
 
 
 def letters(directions):
-    """The letters closest to three directions (3, 3): row i is axis i, in coordinates that run to L, P and S."""
+    """The letters closest to three directions (3, 3): row i is axis i, in coordinates that run to L, P and S. Of axes
+    that are not at right angles the nearest ones that are; the surest takes its letter first, as nibabel does it."""
     lengths = np.linalg.norm(directions, axis=1, keepdims=True)             # (3, 1)
     if not (np.isfinite(lengths).all() and lengths.all()):
         return None
     units = directions / lengths                                            # (3, 3)
     if abs(np.linalg.det(units)) < 1e-3:                                    # two axes in one direction
         return None
-    best = max(itertools.permutations(range(3)), key=lambda order: np.abs(units[range(3), order]).sum())
-    return "".join("LPS"[to] if units[axis, to] > 0 else "RAI"[to] for axis, to in enumerate(best))
+    left, _, right = np.linalg.svd(units)
+    square = left @ right                                                   # (3, 3), a turn, perhaps with a mirror
+    code, free = [""] * 3, np.ones(3)
+    for axis in np.argsort(-np.abs(square).max(1), kind="stable"):
+        to = (np.abs(square[axis]) * free).argmax()
+        code[axis], free[to] = "LPS"[to] if square[axis, to] > 0 else "RAI"[to], 0
+    return "".join(code)
 
 
 def turned(volume, code, first):

@@ -29,6 +29,10 @@ def read(path):
     if features.ndim != 2 or features.dtype.kind not in "fiu" or not np.isfinite(features).all():
         raise UserError(f"{path}: features must be a table (images, numbers) of finite numbers, not {features.dtype} "
                         f"{features.shape}")
+    for key in found.keys() - {"features"}:
+        if found[key].shape != features.shape[:1] or found[key].dtype.kind not in {"rows": "iu", "files": "US"}[key]:
+            raise UserError(f"{path}: {key} must name each of the {len(features)} rows of features, not "
+                            f"{found[key].dtype} {found[key].shape}")
     return found
 
 

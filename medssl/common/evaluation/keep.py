@@ -38,7 +38,7 @@ def open_folder(study):
     folder, asked = study.out / "fits", study.out / "asked.json"
     folder.mkdir(parents=True, exist_ok=True)
     now = {"digest": digest(study)}
-    if asked.exists() and json.loads(asked.read_text()) != now:
+    if asked.exists() and content(asked) != now:
         raise UserError(f"--out {study.out}: holds fits of another evaluation (other settings, images or weights); "
                         "choose another folder")
     files.write_json(asked, now)
@@ -46,10 +46,16 @@ def open_folder(study):
 
 def was_stopped(folder):
     """Whether the results in this folder are those of an evaluation that Ctrl-C ended."""
+    return content(folder / "results.json").get("stopped") is True
+
+
+def content(path):
+    """The dict in a JSON file; of a missing or damaged one an empty one."""
     try:
-        return bool(json.loads((folder / "results.json").read_text()).get("stopped"))
+        found = json.loads(path.read_text())
     except (OSError, ValueError):
-        return False
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def path_of(study, cell, model, seed):

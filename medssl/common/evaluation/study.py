@@ -222,6 +222,7 @@ def describe(path, where):
     if not (folder / "config.json").is_file():
         return Model(name, *guess(state, where, file), file)
     run = files.read_run(folder)
+    check_kind(folder / "config.json", run.encoder, run.stem)
     return Model(name, run.encoder, run.stem, file, run, int(step[1]) if step else None)
 
 
@@ -229,10 +230,7 @@ def guess(state, where, file):
     """The encoder and the stem that are asked for, that the file's neighbour names, or that keys and shapes fit."""
     known, refused = encoders.about(file), []
     name, stem = where.encoder or known.get("name"), where.stem or known.get("stem")
-    for value, choices in ((name, encoders.ENCODERS), (stem, encoders.STEMS)):
-        if value and value not in tuple(choices):
-            raise UserError(f"{file.with_suffix('.json')}: says {value}, which is none of {', '.join(choices)}; put it "
-                            "right or remove it")
+    check_kind(file.with_suffix(".json"), name, stem)
     for kind in [name] if name else encoders.ENCODERS:
         for first in [stem] if stem else ("default", "small"):              # "nopool" has the keys of "default"
             try:
@@ -245,6 +243,13 @@ def guess(state, where, file):
     why = max(refused, key=lambda each: each[0])[1]
     none = "" if name else f"its keys and shapes are those of none of {', '.join(encoders.ENCODERS)}; "
     raise UserError(f"{file}: {none}{why}")
+
+
+def check_kind(file, name, stem):
+    """Whether there is such an encoder and such a stem; None is left open."""
+    for value, choices in ((name, encoders.ENCODERS), (stem, encoders.STEMS)):
+        if value and value not in tuple(choices):
+            raise UserError(f"{file}: says {value}, which is none of {', '.join(choices)}; put it right or remove it")
 
 
 def open_network(model, study):
@@ -273,6 +278,7 @@ def load_network(model, study):
         raise UserError(f"{model.file.with_suffix('.json')}: damaged; it should hold the lists mean and std") from None
     values = [v if len(v) == channels else [sum(v) / len(v)] * channels for v in values]
     network = encoders.build(model.encoder, channels, model.stem, *values)
+    network.size = known.get("size")                                        # for --export
     encoders.load(model.file, network, study.note)
     if not all(v.isfinite().all() for v in network.state_dict().values()):
         raise UserError(f"{model.file}: holds weights that are not finite")
