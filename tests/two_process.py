@@ -38,7 +38,7 @@ def start(function, count, folder, values):
     for process in children:
         process.start()
     for process in children:
-        process.join(60)
+        process.join(120)
     alive = [process for process in children if process.is_alive()]
     for process in alive:
         process.kill()
@@ -46,7 +46,7 @@ def start(function, count, folder, values):
     errors = [path.read_text() for path in sorted(folder.glob("error-*"))]
     if errors or alive or any(process.exitcode for process in children):
         codes = [process.exitcode for process in children]
-        raise RuntimeError("\n".join(errors) or f"exit codes {codes}, {len(alive)} stopped after 60 s")
+        raise RuntimeError("\n".join(errors) or f"exit codes {codes}, {len(alive)} stopped after 120 s")
 
 
 def quiet():
@@ -61,7 +61,7 @@ def child(function, rank, count, folder, values):
     try:
         torch.set_num_threads(1)
         dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=count,
-                                timeout=timedelta(seconds=30))
+                                timeout=timedelta(seconds=60))
         torch.save(function(*values), folder / f"result-{rank}")
         dist.destroy_process_group()
     except Exception:
