@@ -68,10 +68,12 @@ def test_lesions_are_outlined_where_there_are_some(tour):
 
 def test_every_method_has_its_section_and_its_training():
     methods = script("methods")
-    assert sorted(re.findall(r"^### (\w+)$", PAGE, re.M)) == sorted(METHODS) == sorted(methods.STEPS)
+    sections = re.findall(r"^### (\w+)$", PAGE, re.M)
+    assert sorted(sections) == sorted(METHODS), "docs/methods.md wants one section for each method"
+    assert sorted(methods.STEPS) == sorted(METHODS), "docs/methods.py, STEPS: wants a line for each method"
     for name, steps in methods.STEPS.items():
-        assert f"<!-- {name} -->{steps} steps of " in PAGE, name
-        assert f"](methods/{name}.png)" in PAGE and f"[{name}.py](../medssl/{name}.py)" in PAGE, name
+        for wanted in (f"<!-- {name} -->{steps} steps of ", f"](methods/{name}.png)", f"[{name}.py](../medssl/{name}"):
+            assert wanted in PAGE, f"docs/methods.md lacks {wanted}; `python docs/methods.py {name}` draws the picture"
 
 
 def test_links_lead_somewhere():
