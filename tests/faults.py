@@ -348,6 +348,14 @@ FAULTS = {                                                                  # fi
         ("a dark border", 'padding_mode="border", align', 'padding_mode="zeros", align', "augment -k fades"),
         ("blur of the wrong axis", "weights(x.shape[2]) @ x @", "x @ weights(x.shape[3]) @", "augment -k blur"),
     ],
+    "medssl/common/evaluation/studies.py": [
+        ("the images of short runs lose their proportion",
+         "many = max(seconds / an_image, LEAST / min(images.values()))", "many = seconds / an_image",
+         "studies -k budget"),
+    ],
+    "medssl/common/evaluation/protocols.py": [
+        ("heads that learnt nothing decide", "claim=claim if learnt else None", "claim=claim", "studies -k heads"),
+    ],
     "medssl/common/unet.py": [
         ("fewer maps than classes", "max(8, 2 * channels, below // 2)", "max(8, below // 2)", "restoring -k last_maps"),
         ("a skip connection where there is none", "skip if self.skips else None", "skip * self.skips",

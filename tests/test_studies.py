@@ -424,7 +424,9 @@ def test_the_budget_decides_the_steps():
     assert minutes == {"a-0": 2400, "b-0": 2400}                                # 20 and 40 minutes
     for steps in (images, minutes):
         assert steps["a-0"] * 0.5 + steps["b-0"] * 1.0 == pytest.approx(3600, rel=0.02)
-    assert studies.lengths(runs, paces, 0, "images") == {"a-0": studies.LEAST, "b-0": studies.LEAST}
+    assert studies.lengths(runs, paces, 0, "minutes") == {"a-0": studies.LEAST, "b-0": studies.LEAST}
+    # however little time there is, the images of the runs keep their proportion
+    assert studies.lengths(runs, paces, 0, "images") == {"a-0": studies.LEAST, "b-0": 8 * studies.LEAST}
 
 
 def test_the_whole_takes_about_the_budget(stage, home, tmp_path, capsys):

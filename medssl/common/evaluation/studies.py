@@ -281,14 +281,16 @@ def readout_steps(steps, train):
 
 
 def lengths(runs, paces, seconds, alike):
-    """{run: steps}, so that all of them take so long, and have the same images or the same time for each share."""
+    """{run: steps}, so that all of them take so long, and have the same images, or time, for each share. None has
+    fewer than LEAST steps: where images are alike all runs grow with the shortest, else only those that are short."""
     if alike == "minutes":
         each = {run.name: seconds * run.share / sum(other.share for other in runs) / paces[kind(run)].step
                 for run in runs}
-    else:
-        an_image = sum(run.share * paces[kind(run)].step / paces[kind(run)].batch for run in runs)
-        each = {run.name: seconds / an_image * run.share / paces[kind(run)].batch for run in runs}
-    return {name: max(LEAST, int(steps)) for name, steps in each.items()}
+        return {name: max(LEAST, int(steps)) for name, steps in each.items()}
+    images = {run.name: run.share / paces[kind(run)].batch for run in runs}                     # steps for one image
+    an_image = sum(images[run.name] * paces[kind(run)].step for run in runs)                    # seconds
+    many = max(seconds / an_image, LEAST / min(images.values()))
+    return {name: round(many * steps) for name, steps in images.items()}
 
 
 def told(args, protocol, asked, plan):
