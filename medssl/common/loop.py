@@ -73,8 +73,10 @@ def fit(method, dataset, config, rows=None, weights=None, groups=None):
     first_bad = torch.full((), -1, device=device)                   # the first step with a loss that is not finite
 
     def shares():                                                   # of this rank, of each micro-batch to come
-        for step, micro in ((step, micro) for step in range(start, config.steps) for micro in range(config.accum)):
-            yield rows[batch_order(len(rows), config.batch, step, config.seed, weights)[micro * world + rank::parts]]
+        for step in range(start, config.steps):
+            order = batch_order(len(rows), config.batch, step, config.seed, weights)
+            for micro in range(config.accum):
+                yield rows[order[micro * world + rank::parts]]
 
     with closing(batches(dataset.images, shares(), device)) as feed, StopSignal() as stop:
         for step in range(start, config.steps):
