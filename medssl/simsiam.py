@@ -50,7 +50,7 @@ RECIPE = {                       # Chattopadhyay et al. 2023, the released setti
     "size": 224,
 }
 
-SMALL = {                        # not measured against other values; in proportion to a feature of 128 numbers
+SMALL = {                        # 300 steps on phantoms, two seeds: kNN .375; 2048 .416, 128 and 64 .402: not settled
     "hidden": 512,
     "dim": 256,
 }
