@@ -50,7 +50,7 @@ RECIPE = {                       # Chattopadhyay et al. 2023, the released setti
     "size": 224,
 }
 
-SMALL = {                        # 300 steps on phantoms, two seeds: kNN .375; 2048 .416, 128 and 64 .402: not settled
+SMALL = {                        # 300 steps on phantoms, three seeds: kNN .388; 2048 .435, 128 and 64 .410: not settled
     "hidden": 512,
     "dim": 256,
 }
