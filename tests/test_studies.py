@@ -222,6 +222,16 @@ def check_run(args):
     assert set(cli.read_settings(args.set)) - {"decoder.skips"} <= words
 
 
+def rubik_logs(folder, **accuracies):
+    """What the runs of Rubik's study wrote last."""
+    for row in ("shallow", "deep", "edges"):
+        for seed in range(3):
+            run = folder / "runs" / f"{row}-{seed}"
+            run.mkdir(parents=True)
+            record = {"step": 1, "order_accuracy": 0.5, "vertical_accuracy": 0.9, **accuracies}
+            (run / "log.jsonl").write_text(json.dumps(record) + "\n")
+
+
 @pytest.mark.parametrize("name", STUDIES)
 def test_effects_speak_of_what_was_read_out(name, tmp_path):
     """With a number for every fit, every effect has one, and the claims of the study are those of its effects."""
@@ -232,12 +242,7 @@ def test_effects_speak_of_what_was_read_out(name, tmp_path):
     for command in studies.named(given, asked, lengths, None, tmp_path):
         if command.words[0] == "evaluate.py":
             read_out(command.words, lambda model, *rest: plain(model if "net" not in model else "net-0", *rest))
-    for row in ("shallow", "deep", "edges"):
-        for seed in range(3):
-            folder = tmp_path / "runs" / f"{row}-{seed}"
-            folder.mkdir(parents=True)
-            record = {"step": 1, "order_accuracy": 0.5, "horizontal_accuracy": 0.8, "vertical_accuracy": 0.9}
-            (folder / "log.jsonl").write_text(json.dumps(record) + "\n")
+    rubik_logs(tmp_path, horizontal_accuracy=0.8)
     found = findings.Found(given, [each for each in asked if isinstance(each, Evaluation)], tmp_path)
     effects = list(STUDIES[name].effects(found))
     assert effects and {effect.claim for effect in effects} - {None} == set(STUDIES[name].claims)
@@ -247,12 +252,7 @@ def test_effects_speak_of_what_was_read_out(name, tmp_path):
 
 def test_heads_that_learnt_nothing_say_nothing(tmp_path):
     """Two of three tiles are not turned: an accuracy of .67 is chance, of shallow heads and of deep ones."""
-    for row in ("shallow", "deep", "edges"):
-        for seed in range(3):
-            folder = tmp_path / "runs" / f"{row}-{seed}"
-            folder.mkdir(parents=True)
-            record = {"step": 1, "order_accuracy": 0.5, "horizontal_accuracy": 0.68, "vertical_accuracy": 0.9}
-            (folder / "log.jsonl").write_text(json.dumps(record) + "\n")
+    rubik_logs(tmp_path, horizontal_accuracy=0.68)
     claims = {effect.words.split(":")[0]: effect.claim
               for effect in protocols.rubik_effects(findings.Found(given_of(), [], tmp_path)) if "deep" in effect.words}
     assert claims == {"horizontal accuracy": None, "vertical accuracy": 4, "order accuracy": None}
