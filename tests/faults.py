@@ -349,7 +349,7 @@ FAULTS = {                                                                  # fi
     ],
     "medssl/common/evaluation/studies.py": [
         ("the images of short runs lose their proportion",
-         "many = max(seconds / an_image, LEAST / min(images.values()))", "many = seconds / an_image",
+         "images = max(seconds / seconds_for_one, LEAST / min(for_one.values()))", "images = seconds / seconds_for_one",
          "studies -k budget"),
     ],
     "medssl/common/evaluation/protocols.py": [

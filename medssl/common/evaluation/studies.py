@@ -287,10 +287,10 @@ def lengths(runs, paces, seconds, alike):
         each = {run.name: seconds * run.share / sum(other.share for other in runs) / paces[kind(run)].step
                 for run in runs}
         return {name: max(LEAST, int(steps)) for name, steps in each.items()}
-    images = {run.name: run.share / paces[kind(run)].batch for run in runs}                     # steps for one image
-    an_image = sum(images[run.name] * paces[kind(run)].step for run in runs)                    # seconds
-    many = max(seconds / an_image, LEAST / min(images.values()))
-    return {name: round(many * steps) for name, steps in images.items()}
+    for_one = {run.name: run.share / paces[kind(run)].batch for run in runs}                    # steps for an image
+    seconds_for_one = sum(for_one[run.name] * paces[kind(run)].step for run in runs)
+    images = max(seconds / seconds_for_one, LEAST / min(for_one.values()))
+    return {name: round(images * steps) for name, steps in for_one.items()}
 
 
 def told(args, protocol, asked, plan):
