@@ -39,7 +39,8 @@ Settings of the works that use it, as words of train.py:
     --set momentum=0.996 hidden=4096 predictor_hidden=4096 --optimizer adam --lr 1e-3
     --weight-decay 1.5e-6 --batch 64 --epochs 78 --warmup 10 --views slices
 
-Measured: phantoms, tiny, 300 steps, 3 seeds: kNN .409 ± .079, linear .488 ± .009 (chance .25; RESULTS.md).
+Measured: phantoms, tiny, 300 steps, 3 seeds: kNN .409 ± .079, linear .488 ± .009 (chance .25; RESULTS.md), with
+momentum 0.9, as SMALL had it then.
 """
 
 import copy

@@ -39,7 +39,8 @@ Settings of the works that use it, as words of train.py:
   the same as it was run there, with decay and LARS for all parameters
     --options decay_all=True
 
-Measured: phantoms, tiny, 300 steps, 3 seeds: kNN .421 ± .330, linear .494 ± .388 (chance .25; RESULTS.md).
+Measured: phantoms, tiny, 300 steps, 3 seeds: kNN .421 ± .330, linear .494 ± .388 (chance .25; RESULTS.md), with two
+small crops, as SMALL had them then.
 """
 
 import math

@@ -137,7 +137,7 @@ class Work:
 
 
 def start(words, log, lock):
-    """A command in a session of its own, so that Ctrl-C reaches it only through us, once."""
+    """A command in a session of its own, so that Ctrl-C reaches it only once, from here."""
     log.parent.mkdir(parents=True, exist_ok=True)
     script = words if words[0] == "-m" else [str(ROOT / words[0]), *words[1:]]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
