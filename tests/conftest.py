@@ -1,6 +1,7 @@
 """What makes the tests quick: two processes share them, where they are many."""
 
 import gc
+import importlib
 import os
 import signal
 import sys
@@ -34,6 +35,7 @@ def pytest_runtestloop(session):
         start_helper(session.items)
         return None                                                         # pytest's own loop
     session.config._tmp_path_factory.getbasetemp()                          # one folder for both
+    importlib.import_module("torch._dynamo")                                # a second, in every process that trains
     rooms, taken = files_of(session.items), CONTEXT.Value("i", 0)
     reports, sender = CONTEXT.Pipe(duplex=False)
     second = CONTEXT.Process(target=work_for, args=(session, rooms, taken, sender))

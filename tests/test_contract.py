@@ -346,9 +346,10 @@ def test_repeated_helpers_are_identical():
     """A function that stands in several method files stands there in the same words: a mend reaches all of them."""
     seen = {}
     for name, text in sources().items():
+        lines = text.splitlines()
         for node in ast.parse(text).body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                seen.setdefault(node.name, {})[name] = ast.get_source_segment(text, node)
+                seen.setdefault(node.name, {})[name] = "\n".join(lines[node.lineno - 1:node.end_lineno])
     for helper, copies in seen.items():
         files = ", ".join(f"{name}.py" for name in copies)
         assert len(set(copies.values())) == 1, (f"{helper} differs between {files}: copy it word for word, comments "
