@@ -441,6 +441,19 @@ def test_features_of_another_program_score_as_their_weights_do(home, capsys):
     assert "evil.npz" in fails(capsys, "evil.npz", "--data", home / "set")
 
 
+def test_rows_are_named_after_runs(home):
+    """Whichever of a run's files is given; a file that stands alone has its own name."""
+    weights = (home / "run/encoder.pt").read_bytes()
+    Path("a").mkdir()
+    for name in ("encoder", "encoder-20", "checkpoint"):
+        (Path("a") / f"{name}.pt").write_bytes(weights)
+    Path("checkpoint.pt").write_bytes(weights)
+    Path("a/config.json").write_bytes((home / "run/config.json").read_bytes())
+    paths = "a", "a/encoder.pt", "a/encoder-20.pt", "a/checkpoint.pt", "checkpoint.pt"
+    names = [study.describe(path, study.Where()).name for path in paths]
+    assert names == ["a", "a", "a@20", "a", "checkpoint"]
+
+
 def test_stages_changes_grades_and_patients(home, capsys):
     """The pooled map of stage 4 is the encoder's own feature; images as they are score as under `linear`."""
     run(home / "run", "--task", "knn", "linear", "grade", "robustness", "--stage", "1", "4", "--per", "patient",

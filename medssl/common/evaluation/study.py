@@ -216,10 +216,10 @@ def describe(path, where):
     if path.is_dir() and not file.is_file():
         raise UserError(f"{path}: holds no encoder.pt: neither a run nor a file of weights")
     state = files.load_torch(file)
-    step = re.fullmatch(r"encoder-(\d+)", file.stem)
-    name = folder.resolve().name if file.stem.startswith("encoder") else file.stem
-    name += f"@{step[1]}" if step else ""
-    if not (folder / "config.json").is_file():
+    step, of_a_run = re.fullmatch(r"encoder-(\d+)", file.stem), (folder / "config.json").is_file()
+    by_folder = file.stem.startswith("encoder") or of_a_run and file.stem == "checkpoint"
+    name = (folder.resolve().name if by_folder else file.stem) + (f"@{step[1]}" if step else "")
+    if not of_a_run:
         return Model(name, *guess(state, where, file), file)
     run = files.read_run(folder)
     check_kind(folder / "config.json", run.encoder, run.stem)
