@@ -72,10 +72,11 @@ def npz(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="module")
 def small(tmp_path_factory):
-    """One cache for all tests, a smaller network under the name tiny, intervals from few draws, two strengths of the
-    linear probe's penalty to choose from, and pictures drawn at their own size, not at twice."""
+    """One cache for all tests, smaller networks under the names tiny and resnet18, intervals from few draws, two
+    strengths of the linear probe's penalty to choose from, and pictures drawn at their own size, not at twice."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pen, "SCALE", 1)
+        patch.setitem(encoders.ENCODERS, "resnet18", encoders.ENCODERS["tiny"])
         patch.setitem(encoders.ENCODERS, "tiny", TINY)
         patch.setenv("MEDSSL_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(readouts, "L2_GRID", readouts.L2_GRID[1::3])
