@@ -560,6 +560,8 @@ FAULTS = {                                                                  # fi
         ("grades half a step aside", "[:, None] - grades)", "[:, None] - grades - 0.5)", "readouts -k grades"),
         ("a part of a file read as a smaller network", 'if name or "layer4" not in besides:', "if True:",
          "evaluate -k evil"),
+        ("a run's checkpoint is a row of its own", 'or of_a_run and file.stem == "checkpoint"', "",
+         "evaluate -k rows_are_named"),
         ("neighbours that outvote a class", "2 * smallest - 1", "2 * len(fit.rows)", "readouts -k neighbours"),
         ("changed images at training too", "network(robustness.CHANGES[n](x, s))", "network(x)",
          "evaluate -k stages_changes"),
