@@ -35,7 +35,7 @@ def pytest_runtestloop(session):
         start_helper(session.items)
         return None                                                         # pytest's own loop
     session.config._tmp_path_factory.getbasetemp()                          # one folder for both
-    importlib.import_module("torch._dynamo")                                # a second, in every process that trains
+    importlib.import_module("torch._dynamo")            # optimisers import it: once, here, and not in every process
     rooms, taken = files_of(session.items), CONTEXT.Value("i", 0)
     reports, sender = CONTEXT.Pipe(duplex=False)
     second = CONTEXT.Process(target=work_for, args=(session, rooms, taken, sender))
