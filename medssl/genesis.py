@@ -14,7 +14,8 @@ The algorithm.
   y = sigmoid(d(f(x)))                                     encoder f, all its maps; decoder d                      (5)
   loss = mean over pixels of (y - target)^2                                                                        (6)
 "identity" is the loss of handing back the distorted image: a network that has learnt anything stays below it. "chance"
-is the loss of painting each image evenly, in the mean of each of its channels.
+is the loss of painting all images of the batch alike and evenly, in the mean of each channel. To know an image's own
+mean is more than nothing here, because the curve hides it.
 
 Shapes. images (B, C, H, W) -> distorted and target (B, C, h, w) -> maps (B, widths[i], h / strides[i], w / strides[i])
 -> picture y (B, C, h, w) -> one number. A decoder's output that is larger than the image is cut to its size.
@@ -80,7 +81,7 @@ class Genesis(nn.Module):
 
     def forward(self, distorted, target):
         restored = picture(self.decoder(self.encoder.features(distorted)), target)          # (B, C, h, w)  Eq. 5
-        return {"loss": F.mse_loss(restored, target), "chance": grey_error(target),         # Eq. 6
+        return {"loss": F.mse_loss(restored, target), "chance": even_error(target),         # Eq. 6
                 "identity": F.mse_loss(distorted, target), "restored": restored.detach()}
 
     def after_step(self, outs, progress):
@@ -172,9 +173,9 @@ def picture(raw, image):
     return raw.sigmoid()                                                    # (B, C, H, W)
 
 
-def grey_error(images):
-    """The mean squared error of painting each channel of each image evenly, in its mean."""
-    return images.var((2, 3), correction=0).mean()
+def even_error(images):
+    """The mean squared error of painting all images alike and evenly, each channel in its mean."""
+    return images.var((0, 2, 3), correction=0).mean()
 
 
 def check(**words):

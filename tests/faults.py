@@ -221,6 +221,8 @@ FAULTS = {                                                                  # fi
         ("the target is distorted too", "painted, x), target ", "painted, x), x ", "restoring -k genesis"),
         ("the input for a target", '"loss": F.mse_loss(restored, target)', '"loss": F.mse_loss(restored, distorted)',
          "restoring -k genesis"),
+        ("chance knows each image's mean", "images.var((0, 2, 3), correction=0)", "images.var((2, 3), correction=0)",
+         "restoring -k genesis"),
         ("noise outside the boxes", "torch.where(boxes(images, 1 / 6, 1 / 3, sure=0), torch.rand_like(images), images)",
          "torch.where(boxes(images, 1 / 6, 1 / 3, sure=0), images, torch.rand_like(images))", "restoring -k paint"),
         ("blocks of two rows share a number", "(columns.amax() + 1)", "columns.amax()", "restoring -k shuff"),

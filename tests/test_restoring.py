@@ -16,6 +16,7 @@ from medssl.genesis import (
     bezier_map,
     boxes,
     curve_map,
+    even_error,
     in_paint,
     local_shuffle,
     out_paint,
@@ -86,8 +87,9 @@ def test_genesis_loss_and_what_it_is_compared_with():
     assert torch.allclose(out["restored"], raw.sigmoid()) and not out["restored"].requires_grad
     assert torch.allclose(out["loss"], (raw.sigmoid() - target).square().mean())
     assert torch.allclose(out["identity"], (distorted - target).square().mean())
-    even = torch.stack([torch.full_like(x, float(x.mean())) for x in target])
-    assert torch.allclose(out["chance"], (even - target).square().mean())
+    assert torch.allclose(out["chance"], (target - target.mean()).square().mean())          # an image's mean is hidden
+    alike = torch.rand(1, 3, 1, 1).expand(4, 3, 8, 8)                       # each channel its own grey
+    assert even_error(alike) < 1e-12 < even_error(torch.cat([alike, 1 - alike]))
 
 
 def test_curves_equal_those_evaluated_by_hand():
