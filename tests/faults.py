@@ -353,6 +353,8 @@ FAULTS = {                                                                  # fi
         ("the images of short runs lose their proportion",
          "images = max(seconds / seconds_for_one, LEAST / min(for_one.values()))", "images = seconds / seconds_for_one",
          "studies -k budget"),
+        ("a budget that is a third of what is needed", "3 * (fixed + enough * per_step)", "(fixed + enough * per_step)",
+         "studies -k short_read"),
     ],
     "medssl/common/evaluation/protocols.py": [
         ("heads that learnt nothing decide", "claim=claim if learnt else None", "claim=claim", "studies -k heads"),

@@ -4,6 +4,7 @@ what they conclude."""
 import inspect
 import json
 import math
+import re
 import shlex
 
 import numpy as np
@@ -436,6 +437,17 @@ def test_the_whole_takes_about_the_budget(stage, home, tmp_path, capsys):
     assert "note:" not in capsys.readouterr().out
     run("collapse", "--data", home, "--budget", 1, "--out", tmp_path / "less")
     assert "need more than --budget 1" in capsys.readouterr().out
+
+
+def test_short_read_outs_are_told(stage, home, tmp_path, capsys, monkeypatch):
+    """The budget that the note names gives read-outs that are long enough."""
+    monkeypatch.setattr(studies, "MOST_READ", 1000)                         # of this small set they may be that long
+    run("collapse", "--data", home, "--budget", 20, "--out", tmp_path / "out")
+    said = capsys.readouterr().out
+    budget = re.search(r"decide little: .* --budget (\d+) gives them 150,", said)[1]
+    run("collapse", "--data", home, "--budget", budget, "--out", tmp_path / "more")
+    said = capsys.readouterr().out
+    assert "decide little" not in said and json.loads((tmp_path / "more/plan.json").read_text())["read"] >= 150
 
 
 def test_a_pace_leaves_the_looks_out(tmp_path):

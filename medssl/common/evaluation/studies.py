@@ -36,6 +36,7 @@ from .tasks import TASKS
 PROBE = 10                                      # steps by which a pace is measured; the monitor looks half-way
 BATCH = 32                                      # of read-outs that are trained
 LEAST_READ, MOST_READ = 60, 20                  # steps; passes over the training images
+SHORT_READ = 150                                # steps: on the hippocampus 60 decided nothing, 150 did (RESULTS)
 LEAST = 50                                      # steps of a run
 FITS = 3                                        # seeds of the read-outs
 COSTS = {"finetune": 0.6, "grade": 0.6, "segment": 0.6, "unet": 1.2}        # of an image, beside the cheapest run's
@@ -223,8 +224,11 @@ def settle(args, given, protocol, asked, work):
     left = max(whole - reading_time, whole / 2) - sum(paces[kind(run)].rest for run in runs)
     steps = lengths(runs, paces, max(left, 0), protocol.alike)
     seconds = {run.name: steps[run.name] * paces[kind(run)].step + paces[kind(run)].rest for run in runs}
+    enough = readout_steps(SHORT_READ, given.images["train"])
     plan = {"steps": steps, "read": read, "seconds": seconds, "pretraining": sum(seconds.values()),
-            "reading": reading_time, "paces": {key: asdict(pace) for key, pace in paces.items()}}
+            "reading": reading_time, "paces": {key: asdict(pace) for key, pace in paces.items()},
+            "short": per_step > 0 and read < enough, "enough": enough,
+            "budget_for_enough": 3 * (fixed + enough * per_step) / 60 / args.jobs}
     files.write_json(path, plan)
     return plan
 
@@ -308,6 +312,9 @@ def told(args, protocol, asked, plan):
     if sum(times) > 1.2 * args.budget:
         lines.append(f"note: runs of {LEAST} and read-outs of {LEAST_READ} steps, the least, need more than --budget "
                      f"{args.budget:g}; fewer --seeds or more --jobs take less")
+    if plan.get("short"):
+        lines.append(f"note: read-outs of {plan['read']} steps decide little: networks are still learning then; "
+                     f"--budget {math.ceil(plan['budget_for_enough'])} gives them {plan['enough']}, in another --out")
     return "\n".join(lines)
 
 
