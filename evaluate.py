@@ -234,7 +234,8 @@ def choose_folder(args, study):
     if args.out and keep.was_stopped(Path(args.out)):
         return Path(args.out)
     stem = f"results/{study.models[-1].name if args.runs else 'random'}-{study.dataset.name}"
-    return files.free_folder(args.out, stem, "results.json")
+    return files.free_folder(args.out, stem, "results.json",
+                             "choose another; or remove that file, and with more --seeds its fits are used again")
 
 
 # ---- for other programs

@@ -514,6 +514,11 @@ def test_a_stopped_evaluation_goes_on(home, monkeypatch, capsys):
     run(*words[:-len(FAST) - 1], "whole", *FAST)
     assert Path("whole/results.csv").read_bytes() == Path("out/results.csv").read_bytes()
     assert "holds results.json already" in fails(capsys, *words)
+    Path("out/results.json").unlink()
+    done.clear()
+    monkeypatch.setattr(tasks, "run", lambda *args: done.append(args[1:]) or original(*args))
+    run(*words, "--seeds", "3")
+    assert len(done) == 8                                                   # one more seed; the others were there
 
 
 def test_fits_of_other_weights_are_not_gone_on_with():
