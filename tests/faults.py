@@ -471,6 +471,8 @@ FAULTS = {                                                                  # fi
         ("of copies the training one kept", '{"test": 0, "val": 1}', '{"test": 4, "val": 3}', "data -k copies"),
         ("the first row of the next split", 'side="right")', 'side="left")', "data -k arrays"),
         ("changed files not noticed", "{stat.st_size} {stat.st_mtime_ns}", "{stat.st_size}", "data -k cache"),
+        ("square images are said to get bars", "sum(rows == columns != size", "sum(rows != columns != size",
+         "data -k other_sizes"),
         ("padded at one side", "top, left = (size - rows) // 2, (size - columns) // 2", "top, left = 0, 0",
          "data -k masks_take"),
         ("moments of 16 bits", "sums[1] / top ** 2", "sums[1] / top", "data -k moments"),

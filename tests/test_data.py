@@ -154,6 +154,16 @@ def test_masks_take_the_images_way(tmp_path):
     assert padded[:20].max() == padded[60:].max() == 0
 
 
+def test_what_became_of_other_sizes_is_told(tmp_path, capsys):
+    """Only images that are not square get bars."""
+    for i, (rows, columns) in enumerate([(32, 32), (16, 16), (48, 48), (32, 24)]):
+        save(tmp_path / f"set/{i}.png", pixels(i, rows, columns))
+    data.load(tmp_path / "set", size=32)
+    assert capsys.readouterr().out.splitlines() == [
+        "set: 2 of 4 images are of another size: scaled to 32 x 32",
+        "set: 1 of 4 images are not square: scaled by their longer side and padded with black"]
+
+
 def test_masks_of_0_and_255(tmp_path, capsys):
     mask = pixels(1) // 128
     save(tmp_path / "images/1.png", pixels(0))

@@ -93,9 +93,12 @@ def build(source, folder, wanted):
     """Decodes a set into this folder, and says what became of its images."""
     made = decode(source, folder, wanted)
     size, count, notes = made.size, len(made.rows), made.notes
-    other = sum(shape != (size, size) for shape in made.shapes)
-    if other:
-        notes = [f"{other} of {count} images are not {size} x {size}: {FITTING[wanted.fit]}", *notes]
+    square = sum(rows == columns != size for rows, columns in made.shapes)
+    oblong = sum(rows != columns for rows, columns in made.shapes)
+    if oblong:
+        notes = [f"{oblong} of {count} images are not square: {FITTING[wanted.fit]}", *notes]
+    if square:
+        notes = [f"{square} of {count} images are of another size: scaled to {size} x {size}", *notes]
     for line in notes:
         print(f"{source.name}: {line}")
     (folder / "info.json").write_text(json.dumps({"mask_classes": made.mask_classes, "notes": notes}))

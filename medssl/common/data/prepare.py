@@ -82,8 +82,8 @@ def look(words):
         else:
             dataset, rows = cache.load_rows(source, words.size, words.channels, words.cache, words.fit)
             notes = [f"a group is {source.grouping}"] if source.grouping else []
-            if (rows["shapes"] != dataset.images.shape[2]).any():
-                notes.append(f"those of another shape are {pixels.FITTING[words.fit]}")
+            if (rows["shapes"][:, 0] != rows["shapes"][:, 1]).any():
+                notes.append(f"those that are not square are {pixels.FITTING[words.fit]}")
             report(dataset, rows, source.kind, source.names, notes)
             draw(dataset, SHEET)
     print(f"contact sheet:           {SHEET}")
