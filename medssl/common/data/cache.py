@@ -95,10 +95,9 @@ def build(source, folder, wanted):
     size, count, notes = made.size, len(made.rows), made.notes
     square = sum(rows == columns != size for rows, columns in made.shapes)
     oblong = sum(rows != columns for rows, columns in made.shapes)
-    if oblong:
-        notes = [f"{oblong} of {count} images are not square: {FITTING[wanted.fit]}", *notes]
-    if square:
-        notes = [f"{square} of {count} images are of another size: scaled to {size} x {size}", *notes]
+    told = [f"{square} of {count} images are of another size: scaled to {size} x {size}"] * (square > 0)
+    told += [f"{oblong} of {count} images are not square: {FITTING[wanted.fit]}"] * (oblong > 0)
+    notes = told + notes
     for line in notes:
         print(f"{source.name}: {line}")
     (folder / "info.json").write_text(json.dumps({"mask_classes": made.mask_classes, "notes": notes}))
