@@ -2,7 +2,8 @@
 
     python evaluate.py runs/a                                            the run's own images: kNN, linear probe, ...
     python evaluate.py runs/a runs/b imagenet.pth --labels 1.0 0.1 7n    several encoders, fewer and fewer labels
-    python evaluate.py runs/a theirs.npz --task knn linear               beside features of any other program
+    python evaluate.py theirs.npz runs/a --task knn linear               beside features of any other program
+    python evaluate.py thumbnails runs/a --task knn linear               beside the images themselves, 8 pixels wide
     python evaluate.py runs/a --task finetune --freeze 10 --epochs 50    train all of it; train.py --init takes it
     python evaluate.py runs/a/encoder-*.pt --task knn                    one run at several steps of its pretraining
     python evaluate.py runs/a --export encoder.pt --features out.npz     for other programs
@@ -142,7 +143,7 @@ def parse(argv):
 
 def add_flags(add):
     add("runs", nargs="*", type=cli.filled, help="folders of runs, files of weights (as train.py --init takes "
-        "them), .npz files of features; none: the random encoders alone")
+        "them), .npz files of features, thumbnails; none: the random encoders alone")
     add("--data", type=cli.filled, help="default: the first run's; 'phantoms' is built in")
     add("--label", type=cli.filled, help="column of split.csv (default: the first run's)")
     add("--size", type=cli.side, help="side of the images (default: the first run's)")
@@ -264,7 +265,10 @@ def export(study, path):
 def save_features(study, path):
     """One file for each given model, or the random ones where none is given."""
     dataset, given = study.dataset, [m for m in study.models if not m.random] or study.models
-    for model in (m for m in given if m.network is not None or m.random):
+    given = [m for m in given if m.features is None]
+    if not given:
+        raise UserError(f"--features {path}: none of the models is a network")
+    for model in given:
         network = model.fresh(study, 0)
         found = features.extract(network, dataset.images, np.arange(len(dataset)), study.device).numpy()    # (N, D)
         own = path if len(given) == 1 else path.with_name(f"{path.stem}-{file_name(model.name)}{path.suffix}")

@@ -405,6 +405,8 @@ FAULTS = {                                                                  # fi
         ("neighbours by length", "F.normalize(train_features, dim=1)", "train_features", "readouts -k knn"),
         ("the temperature inverted", "(nearest / temperature)", "(nearest * temperature)", "readouts -k knn"),
         ("statistics of the last batch", "norm.momentum = None ", "norm.momentum = 1.0 ", "readouts -k statistics"),
+        ("thumbnails of a corner", "F.adaptive_avg_pool2d(x, side)", "x[:, :, :side, :side]", "evaluate -k another"),
+        ("thumbnails as they are", " - mean) / std ", ") ", "evaluate -k another"),
     ],
     "medssl/common/monitor.py": [
         ("the method left in evaluation mode", "        method.train(training)\n", "", "train -k a_look"),

@@ -418,15 +418,26 @@ def test_features_of_another_program_score_as_their_weights_do(home, capsys):
     order = np.random.default_rng(0).permutation(96)                        # files may come in any order
     np.savez("theirs.npz", features=features[order].numpy(), files=np.array(names)[order])
     np.savez("by_row.npz", features=features.numpy())
-    run(home / "run", "theirs.npz", "by_row.npz", "--task", "knn", "linear", "segment", "collapse", "--steps", "1",
-        "--batch", "16", "--seeds", "1", "--device", "cpu", "--out", "out")
+    train = [line.split(",")[3] == "train" for line in lines]
+    pixels = pictures.numpy() / 255                                         # (n, 32, 32)
+    standard = (pixels - pixels[train].mean()) / pixels[train].std()
+    np.savez("tiny.npz", features=standard.reshape(-1, 8, 4, 8, 4).mean((2, 4)).reshape(-1, 64))
+    run(home / "run", "theirs.npz", "by_row.npz", "thumbnails", "tiny.npz", "--task", "knn", "linear", "segment",
+        "collapse", "--steps", "1", "--batch", "16", "--seeds", "1", "--device", "cpu", "--out", "out")
     found = json.loads(Path("out/results.json").read_text())["cells"]
     own = {(c["task"], c["model"]): {name: score["mean"] for name, score in c["scores"].items()} for c in found}
     for task in ("knn", "linear", "collapse"):
-        for other in ("theirs", "by_row"):
-            assert own[task, other] == pytest.approx(own[task, "run"], abs=1e-4, nan_ok=True), task
+        for one, other in (("run", "theirs"), ("run", "by_row"), ("tiny", "thumbnails")):
+            assert own[task, other] == pytest.approx(own[task, one], abs=1e-4, nan_ok=True), task
     assert ("segment", "run") in own and ("segment", "theirs") not in own
     assert "theirs holds features: segment would need the network" in capsys.readouterr().out
+    run("thumbnails", "--data", home / "set", "--task", "knn", "--seeds", "1", "--device", "cpu", "--out", "alone")
+    assert next(c for c in json.loads(Path("alone/results.json").read_text())["cells"]
+                if c["model"] == "thumbnails")["scores"] == next(
+        c for c in found if (c["task"], c["model"]) == ("knn", "thumbnails"))["scores"]
+    assert "none of the models is a network" in fails(capsys, "thumbnails", "--data", home / "set", "--features", "x")
+    Path("thumbnails").mkdir()                                              # a folder of that name comes first
+    assert "neither a run nor a file of weights" in fails(capsys, "thumbnails", "--data", home / "set")
     np.savez("few.npz", features=features[:90].numpy(), files=names[:90])
     said = fails(capsys, "few.npz", "--data", home / "set")
     assert "6 of them have none, first images/90.png, images/91.png, images/92.png" in said

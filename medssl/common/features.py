@@ -18,6 +18,16 @@ def extract(encoder, images, rows, device, ask=None, size=256):
     return torch.cat(features)
 
 
+def thumbnails(dataset, side=8, size=256):
+    """Features (N, C * side * side) that nothing has learned: the images as an encoder is given them, made tiny."""
+    mean, std = (torch.tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (dataset.mean, dataset.std))
+    tiny = []
+    for rows in np.split(np.arange(len(dataset)), range(size, len(dataset), size)):
+        x = (feed.batch(dataset.images, rows, torch.device("cpu")) - mean) / std                    # (B, C, H, W)
+        tiny.append(F.adaptive_avg_pool2d(x, side).flatten(1))                                      # (B, C * side^2)
+    return torch.cat(tiny)
+
+
 @torch.no_grad()
 def set_statistics(encoder, images, rows, device, size=256):
     """BatchNorm's means and variances become those of these images, by one pass in training mode; the weights stay.

@@ -1,6 +1,7 @@
 """What is compared, and on what: the settings, the models (the rows of every table), the images.
 
-A model is a network with its weights, a network with random ones, or a file of features that another program made.
+A model is a network with its weights, a network with random ones, a file of features that another program made, or
+the images themselves, made tiny.
 `rows` always means row numbers of the data set.
 """
 
@@ -17,9 +18,11 @@ from tqdm import tqdm
 
 from .. import data, encoders, files
 from ..errors import UserError
-from ..features import extract, set_statistics
+from ..features import extract, set_statistics, thumbnails
 from . import foreign
 from .readouts import fingerprint
+
+THUMBNAILS = "thumbnails"                       # in the place of a file: the images themselves, a few pixels wide
 
 # One entry of the series that are run; None where a task has no such choice.
 Cell = namedtuple("Cell", "task labels imbalance augment stage", defaults=[None] * 4)
@@ -57,13 +60,13 @@ class Settings:
 class Model:
     """One row of the tables."""
     name: str
-    encoder: str | None                         # None: features of another program
+    encoder: str | None                         # None: features of another program, or thumbnails
     stem: str | None
-    file: Path | None = None                    # None: random weights
+    file: Path | None = None                    # or the word THUMBNAILS; None: random weights
     run: files.Run | None = None                # that the file lies in
     step: int | None = None                     # of its pretraining, where the file's name says so
     network: torch.nn.Module | None = None
-    features: torch.Tensor | None = None        # (N, D), of another program
+    features: torch.Tensor | None = None        # (N, D), where there is no encoder
     normalised: bool = False                    # random weights, but BatchNorm's statistics of the training images
 
     @property
@@ -186,10 +189,12 @@ def open_study(paths, where, settings, device):
     if first and (where.size, where.channels) == (None, None):
         study.note(f"images are loaded as {by(dataset.images.shape[1:])}, as {first.name} saw them")
     for model in models:
-        if model.encoder is None:
-            model.features = foreign.line_up(model.features, dataset, model.file, study.note)
-        else:
+        if model.encoder:
             model.network = open_network(model, study)
+        elif model.features is None:
+            model.features = thumbnails(dataset)
+        else:
+            model.features = foreign.line_up(model.features, dataset, model.file, study.note)
     return study
 
 
@@ -208,8 +213,10 @@ def open_images(where, models, run):
 
 
 def describe(path, where):
-    """The model that a run's folder, a file of weights or a file of features stands for."""
-    path = Path(path)
+    """The model that a run's folder, a file of weights or of features, or the word THUMBNAILS stands for."""
+    named, path = path, Path(path)
+    if named == THUMBNAILS and not path.exists():
+        return Model(THUMBNAILS, None, None, path)
     if path.suffix == ".npz":
         return Model(path.stem, None, None, path, features=foreign.read(path))
     file, folder = (path / "encoder.pt", path) if path.is_dir() else (path, path.parent)
