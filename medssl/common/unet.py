@@ -5,6 +5,9 @@ the left half. Each stage enlarges by two (nearest), puts the encoder's map of t
 and runs two 3x3 convolutions. With skips=False only the coarsest map is used, so that everything has to pass the
 bottleneck. The last stages, which have no skip, halve the width, but leave at least two maps for each channel of the
 answer: from 8 maps for 7 classes a small class was often never told apart.
+
+- Skips. U-Nets on ResNets in other libraries also join the stem's map, of half the image's side. Here the first skip is
+  the encoder's finest map, of a quarter: what is a few pixels wide is lost. The stem `nopool` has finer maps.
 """
 
 import torch
