@@ -11,7 +11,7 @@ The algorithm.
   with probability 0.5: pixels of x change places within random blocks (`local_shuffle`)                           (2)
   with probability 0.9: grey values of x go through a random Bezier curve (`bezier_map`)                           (3)
   with probability 0.9: x through `in_paint` (noise in boxes) or, in 0.8 of these, `out_paint` (noise around them) (4)
-  y = sigmoid(d(f(x)))                                     encoder f, all its maps; decoder d                      (5)
+  y = sigmoid(c + d(f(x)))                                 encoder f, all its maps; decoder d; level c             (5)
   loss = mean over pixels of (y - target)^2                                                                        (6)
 "identity" is the loss of handing back the distorted image: a network that has learnt anything stays below it. "chance"
 is the loss of painting all images of the batch alike and evenly, in the mean of each channel. To know an image's own
@@ -35,6 +35,8 @@ Differences. Study: the work that RECIPE follows.
 - Boxes. Here: they keep their distance to the border in proportion (3 pixels of 64).
 - Schedule. Study: half the rate every 40 epochs by its code, when the loss stands still by its supplement. Here: a
   cosine.
+- Start. Study: the first picture is gray, a half everywhere. Here: it has the mean of the images, c. From a half, dark
+  images take hundreds of steps to get as dark as they are.
 - Networks. Study: a plain U-Net with or without skip connections. Here: encoder and decoder are handed in.
 - Accumulation of gradients (one optimiser step from several micro-batches). Here: it equals a larger batch but for
   BatchNorm's statistics.
@@ -57,18 +59,20 @@ RECIPE = {                       # Zhang et al. 2023, the released settings for 
     "size": 512,
 }
 
-SMALL = {}                       # as in RECIPE: error .050 after 300 steps on phantoms, an even picture .053 (RESULTS)
+SMALL = {}                       # as in RECIPE: error .018 after 300 steps on phantoms, an even picture .053 (RESULTS)
 
 
 class Genesis(nn.Module):
-    """Undo distortions. shuffle, intensity, paint: their probabilities; in_share: the share of in-painting in paint."""
+    """Undo distortions. mean: of the images, a number for each channel; the first picture is filled with it. shuffle,
+    intensity, paint: probabilities of the distortions; in_share: the share of in-painting in paint."""
 
-    def __init__(self, encoder, augment, decoder, shuffle=0.5, intensity=0.9, paint=0.9, in_share=0.2):
+    def __init__(self, encoder, augment, decoder, mean, shuffle=0.5, intensity=0.9, paint=0.9, in_share=0.2):
         super().__init__()
         check(shuffle=(shuffle, 0.0, 1.0), intensity=(intensity, 0.0, 1.0), paint=(paint, 0.0, 1.0),
               in_share=(in_share, 0.0, 1.0))
         needs_maps(encoder)
         self.encoder, self.augment, self.decoder = encoder, augment, decoder
+        self.register_buffer("level", level_of(mean))                       # (C, 1, 1)
         self.shuffle, self.intensity, self.paint, self.in_share = shuffle, intensity, paint, in_share
 
     @torch.no_grad()
@@ -80,7 +84,8 @@ class Genesis(nn.Module):
         return sometimes(self.paint, painted, x), target                    # Eq. 4
 
     def forward(self, distorted, target):
-        restored = picture(self.decoder(self.encoder.features(distorted)), target)          # (B, C, h, w)  Eq. 5
+        raw = self.decoder(self.encoder.features(distorted))                # (B, C, H, W), H and W at least h and w
+        restored = picture(raw, self.level, target)                         # (B, C, h, w)  Eq. 5
         return {"loss": F.mse_loss(restored, target), "chance": even_error(target),         # Eq. 6
                 "identity": F.mse_loss(distorted, target), "restored": restored.detach()}
 
@@ -167,10 +172,15 @@ def sometimes(probability, changed, original):
     return torch.where(chosen, changed, original)
 
 
-def picture(raw, image):
+def level_of(mean):
+    """What a picture filled with `mean`, a number for each channel, is before the sigmoid: (C, 1, 1)."""
+    return torch.tensor(mean).clamp(0.01, 0.99).logit().view(-1, 1, 1)
+
+
+def picture(raw, level, image):
     """A decoder's raw output as a picture in [0, 1], cut to the size of `image` (B, C, H, W)."""
     raw, = at_least_float32(raw[:, :, :image.shape[2], :image.shape[3]])
-    return raw.sigmoid()                                                    # (B, C, H, W)
+    return (raw + level).sigmoid()                                          # (B, C, H, W)
 
 
 def even_error(images):

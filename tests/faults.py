@@ -216,6 +216,7 @@ FAULTS = {                                                                  # fi
          "restoring -k autoencoder"),
         ("chance over the batch", "images.var((2, 3), correction=0)", "images.var((0, 2, 3), correction=0)",
          "restoring -k autoencoder"),
+        ("pictures that start at a half", "(raw + level).sigmoid()", "raw.sigmoid()", "restoring -k first_picture"),
     ],
     "medssl/genesis.py": [
         ("the target is distorted too", "painted, x), target ", "painted, x), x ", "restoring -k genesis"),
@@ -226,6 +227,7 @@ FAULTS = {                                                                  # fi
         ("noise outside the boxes", "torch.where(boxes(images, 1 / 6, 1 / 3, sure=0), torch.rand_like(images), images)",
          "torch.where(boxes(images, 1 / 6, 1 / 3, sure=0), images, torch.rand_like(images))", "restoring -k paint"),
         ("blocks of two rows share a number", "(columns.amax() + 1)", "columns.amax()", "restoring -k shuff"),
+        ("a mean that is not what it is before the sigmoid", "0.99).logit()", "0.99)", "restoring -k first_picture"),
         ("curves go round", "torch.where(falling[:, None], y.flip(1), y)", "y", "restoring -k curve"),
     ],
     "medssl/pcrl.py": [
@@ -430,6 +432,7 @@ FAULTS = {                                                                  # fi
         ("the rate per 256 the wrong way", "self.batch / 256 if", "256 / self.batch if", "train -k recipes"),
         ("the rate per 256 for all", "if self.optimizer in optim.SCALED else 1.0", "if self.optimizer else 1.0",
          "train -k recipes"),
+        ("the deviation for the mean", '"mean": encoder.mean}', '"mean": encoder.std}', "train -k before_the_first"),
         ("the preset wins over flags", "part.words | own", "own | part.words", "train -k preset"),
         ("a queue larger than the set", "max(1, int(presets.QUEUE * found.images))", "queue", "train -k preset"),
         ("the paper's views over --views", "views or part.views", "part.views or views", "train -k preset"),

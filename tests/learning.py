@@ -40,13 +40,13 @@ LEVELS = {                         # the longest first
     "rotation": (50, [], "accuracy", ">", 0.9),
     "relative": (100, ["width=64", "hidden=1024", "depth=1"], "accuracy", ">", 0.8),
     "jigsaw": (60, ["permutations=20", "width=64", "hidden=1024", "depth=2"], "accuracy", ">", 0.8),
-    "autoencoder": (60, [], "loss / chance", "<", 0.6),
-    "genesis": (60, [], "loss / chance", "<", 0.7),
+    "autoencoder": (30, [], "loss / chance", "<", 0.6),
+    "genesis": (30, [], "loss / chance", "<", 0.7),
     "rubik": (60, ["permutations=20"], "order_accuracy", ">", 0.8),
     "rotation+simclr": (50, [], "rotation.accuracy", ">", 0.8),
 }
 
-RATES = {"swav": 1e-3, "pcrl": 6e-3, "autoencoder": 1e-2, "genesis": 1e-2}      # where 3e-3 is too fast or too slow
+RATES = {"swav": 1e-3, "pcrl": 6e-3}             # where 3e-3 is too fast or too slow
 
 
 def trained(name, steps, words, dataset, size=SIZE, encoder=None, lr=None):

@@ -60,8 +60,8 @@ def train(name, class_name):
     torch.manual_seed(0)
     cls = getattr(importlib.import_module(name), class_name)
     words, encoder = inspect.signature(cls).parameters, Net()
-    values = {"decoder": Decoder(), "channels": 1, "small": augment, "queue_size": 16, "hidden": 32, "dim": 16,
-              "width": 32, "prototypes": 8}
+    values = {"decoder": Decoder(), "channels": 1, "mean": 0.4, "small": augment, "queue_size": 16, "hidden": 32,
+              "dim": 16, "width": 32, "prototypes": 8}
     parts = {"rotation": importlib.import_module("rotation").Rotation(encoder, augment)} if name == "together" else None
     values["parts"] = parts
     method = cls(encoder, augment, **{k: v for k, v in values.items() if k in words})

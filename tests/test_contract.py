@@ -37,8 +37,7 @@ def make_on(name, encoder, channels, size, views=None):
         return METHODS["together"](encoder, None, parts)
     words = inspect.signature(METHODS[name]).parameters
     filled = {word: value for word, value in CHEAP.items() if word in words}
-    if "channels" in words:
-        filled["channels"] = channels
+    filled |= {word: value for word, value in {"channels": channels, "mean": [0.4] * channels}.items() if word in words}
     if "small" in words:
         filled["small"] = augment.build("contrastive", 32)
     if "decoder" in words:
@@ -221,10 +220,16 @@ def constants(name):
     return {k: p.default for k, p in inspect.signature(METHODS[name]).parameters.items() if p.default is not p.empty}
 
 
+def needed_by(name):
+    """What the constructor cannot do without, beside encoder and augmentation."""
+    words = inspect.signature(METHODS[name]).parameters
+    return {word: value for word, value in {"decoder": nn.Identity(), "mean": 0.4}.items() if word in words}
+
+
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "together"])
 def test_numbers_that_can_never_be_right_are_refused(name):
     """By the constructor, so that a copied file does so too, in one line that names the word and the value."""
-    needed = {"decoder": nn.Identity()} if "decoder" in inspect.signature(METHODS[name]).parameters else {}
+    needed = needed_by(name)
     encoder = tiny_encoder(width=4)
     for word, default in constants(name).items():
         if isinstance(default, bool) or not isinstance(default, (int, float)) or word == "seed":
@@ -242,7 +247,7 @@ def test_numbers_that_can_never_be_right_are_refused(name):
     ("jigsaw", "permutations", 1), ("dcl", "sigma", 0.0), ("spark", "cell", 0), ("spark", "mask_ratio", 1.0),
     ("genesis", "paint", 1.5), ("pcrl", "paint", -0.5), ("byol", "momentum_end", 1.01), ("medmoco", "regions", -1)])
 def test_the_ends_of_ranges(name, word, value):
-    needed = {"decoder": nn.Identity()} if "decoder" in inspect.signature(METHODS[name]).parameters else {}
+    needed = needed_by(name)
     with pytest.raises(ValueError, match=f"{word}={value}: has to be"):
         METHODS[name](tiny_encoder(width=4), Flip(), **needed, **{word: value})
 
@@ -250,7 +255,7 @@ def test_the_ends_of_ranges(name, word, value):
 @pytest.mark.parametrize("name", ["autoencoder", "genesis", "pcrl", "spark", "medmoco"])
 def test_an_encoder_without_maps_is_refused_with_the_same_sentence(name):
     encoder = nn.Identity()
-    needed = {"decoder": nn.Identity()} if "decoder" in inspect.signature(METHODS[name]).parameters else {}
+    needed = needed_by(name)
     for missing in (".features, .widths, .strides", ".widths, .strides", ".strides"):
         with pytest.raises(ValueError, match="has no ") as caught:
             METHODS[name](encoder, Flip(), **needed)

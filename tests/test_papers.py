@@ -54,7 +54,7 @@ def defaults(cls):
     recipe = dict(getattr(sys.modules[cls.__module__], "RECIPE", {}))
     found = {f"options.{key}": default for key, default in recipe.pop("options", {}).items()} | recipe
     words = inspect.signature(cls).parameters
-    filled = {"small", "channels", "size"}
+    filled = {"small", "channels", "size", "mean"}
     found |= {name: word.default for name, word in words.items()
               if word.default is not word.empty and name not in filled}
     if "decoder" in words:

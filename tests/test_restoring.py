@@ -53,14 +53,15 @@ def test_genesis_leaves_the_target_alone_but_for_flips():
     torch.manual_seed(0)
     images = torch.rand(12, 2, 40, 40)
     original = images.clone()
-    distorted, target = Genesis(tiny_encoder(), augment.Augment(40, flip=0.5, flip_vertical=0.5), None).views(images)
+    both = augment.Augment(40, flip=0.5, flip_vertical=0.5)
+    distorted, target = Genesis(tiny_encoder(), both, None, 0.5).views(images)
     assert torch.equal(images, original)
     flips = torch.stack([images.flip(dims) for dims in ((), (2,), (3,), (2, 3))])
     which = ((target - flips).abs().amax((2, 3, 4)) < 1e-4).int()           # (4, 12)
     assert (which.sum(0) == 1).all() and (which.sum(1) > 0).all()
     assert distorted.shape == target.shape and distorted.min() >= 0 and distorted.max() <= 1
 
-    nothing = Genesis(tiny_encoder(), plain, None, shuffle=0, intensity=0, paint=0)
+    nothing = Genesis(tiny_encoder(), plain, None, 0.5, shuffle=0, intensity=0, paint=0)
     assert all(torch.equal(view, images) for view in nothing.views(images))
 
 
@@ -70,7 +71,7 @@ def test_genesis_distorts_as_often_as_published():
     changed = {}
     for word in ("shuffle", "intensity", "paint"):
         others = dict.fromkeys({"shuffle", "intensity", "paint"} - {word}, 0)
-        distorted, target = Genesis(tiny_encoder(), plain, None, **others).views(images)
+        distorted, target = Genesis(tiny_encoder(), plain, None, 0.5, **others).views(images)
         assert torch.equal(target, images)
         changed[word] = differs(distorted, target)
     assert_share(changed["shuffle"], 0.5)
@@ -80,12 +81,12 @@ def test_genesis_distorts_as_often_as_published():
 
 
 def test_genesis_loss_and_what_it_is_compared_with():
-    method = Genesis(tiny_encoder(), plain, unet.Decoder([8, 16, 32, 64], [4, 8, 16, 32], 1)).eval()
+    method = Genesis(tiny_encoder(), plain, unet.Decoder([8, 16, 32, 64], [4, 8, 16, 32], 1), 0.4).eval()
     distorted, target = batch(3), batch(3, seed=1)
     out = method(distorted, target)
-    raw = method.decoder(method.encoder.features(distorted))
-    assert torch.allclose(out["restored"], raw.sigmoid()) and not out["restored"].requires_grad
-    assert torch.allclose(out["loss"], (raw.sigmoid() - target).square().mean())
+    picture = (method.decoder(method.encoder.features(distorted)) + math.log(0.4 / 0.6)).sigmoid()
+    assert torch.allclose(out["restored"], picture) and not out["restored"].requires_grad
+    assert torch.allclose(out["loss"], (picture - target).square().mean())
     assert torch.allclose(out["identity"], (distorted - target).square().mean())
     assert torch.allclose(out["chance"], (target - target.mean()).square().mean())          # an image's mean is hidden
     alike = torch.rand(1, 3, 1, 1).expand(4, 3, 8, 8)                       # each channel its own grey
@@ -218,7 +219,7 @@ def test_decoder_sizes(stem, size, skips):
     full = math.ceil(size / encoder.strides[0]) * encoder.strides[0]
     images = batch(2, 2, 64)[..., :size, :size]
     assert decoder(encoder.features(images)).shape == (2, 2, full, full)
-    assert Autoencoder(encoder, plain, decoder)(images)["restored"].shape == images.shape
+    assert Autoencoder(encoder, plain, decoder, (0.3, 0.6))(images)["restored"].shape == images.shape
 
 
 @pytest.mark.parametrize("classes", [1, 7, 20])
@@ -243,13 +244,23 @@ def test_skip_connections_carry_the_fine_maps_and_can_be_left_out():
 
 def test_autoencoder_restores_its_own_input():
     decoder = unet.Decoder([8, 16, 32, 64], [4, 8, 16, 32], 1)
-    method = Autoencoder(tiny_encoder(), augment.build("flips", 64), decoder).eval()
+    method = Autoencoder(tiny_encoder(), augment.build("flips", 64), decoder, 0.4).eval()
     x, = method.views(batch(4))
     out = method(x)
     assert torch.allclose(out["loss"], (out["restored"] - x).square().mean())
-    assert {name.split(".")[0] for name in method.state_dict()} == {"encoder", "decoder"}
+    assert {name.split(".")[0] for name in method.state_dict()} == {"encoder", "decoder", "level"}
     flat = torch.rand(4, 2, 1, 1).expand(4, 2, 8, 8)                        # each picture evenly, in a grey of its own
     assert grey_error(flat) < 1e-12 and torch.allclose(out["chance"], (x - x.mean((2, 3), True)).square().mean())
+
+
+@pytest.mark.parametrize("kind", [Autoencoder, Genesis])
+def test_the_first_picture_has_the_mean_of_the_images(kind):
+    """Whatever it is: a decoder that says nothing paints it in every channel."""
+    x = batch(2, 2)
+    method = kind(tiny_encoder(2), plain, lambda maps: torch.zeros(2, 2, 64, 64), (0.1, 0.85))
+    restored = method(*[x] * (1 + (kind is Genesis)))["restored"]
+    assert torch.allclose(restored, torch.tensor([0.1, 0.85]).view(2, 1, 1).expand(2, 2, 64, 64))
+    assert kind(tiny_encoder(), plain, None, (0.0,)).level.isfinite().all()
 
 
 # ---- PCRL ------------------------------------------------------------------------------------------------------------
@@ -414,5 +425,5 @@ def test_genesis_distortions_follow_each_other(monkeypatch):
     monkeypatch.setattr(genesis, "bezier_map", lambda x: 1 - x)
     for name in ("in_paint", "out_paint"):
         monkeypatch.setattr(genesis, name, lambda x: x / 2)
-    distorted, target = Genesis(tiny_encoder(), plain, None, shuffle=1, intensity=1, paint=1).views(batch(4))
+    distorted, target = Genesis(tiny_encoder(), plain, None, 0.5, shuffle=1, intensity=1, paint=1).views(batch(4))
     assert torch.equal(distorted, (1 - target.flip(3)) / 2) and torch.equal(target, batch(4))

@@ -205,6 +205,9 @@ def test_views_are_drawn_before_the_first_step_and_the_rest_at_each_look(split, 
     train.main(["--method", "genesis", "--data", str(split), *FAST, "--out", "run"])
     assert seen[0] == {"views.png"} and seen[1] == {"views.png", "curves.png", "spectrum.png", "restored.png"}
     assert "run/views.png" in capsys.readouterr().out
+    config = json.loads(Path("run/config.json").read_text())
+    level = torch.load("run/checkpoint.pt", weights_only=True)["method"]["level"]           # where its pictures begin
+    assert level.sigmoid().flatten().tolist() == pytest.approx(config["encoder"]["mean"])
 
 
 def test_after_ctrl_c_the_last_line_goes_on(split, monkeypatch, capsys):

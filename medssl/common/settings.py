@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from . import augment, cli, encoders, feed, files, loop, optim, presets, unet
 from .errors import UserError
 
-FILLED = ("encoder", "augment", "decoder", "small", "channels", "size", "parts", "weights")     # here, not with --set
+FILLED = "encoder", "augment", "decoder", "small", "channels", "size", "mean", "parts", "weights"   # not with --set
 FLAGS = ("encoder", "size", "batch", "optimizer", "lr", "weight_decay", "clip", "steps", "epochs", "warmup")
 AS_GIVEN = ("channels", "accum", "init", "seed", "device", "amp", "compile", "sync_bn", "save_every", "keep_every",
             "log_every", "cache")
@@ -235,7 +235,8 @@ def build(methods, parts, encoder, channels, size):
     for name, part in parts.items():
         cls, words = methods[name], dict(part.words)
         wanted = inspect.signature(cls).parameters
-        words |= {key: value for key, value in {"channels": channels, "size": size}.items() if key in wanted}
+        given = {"channels": channels, "size": size, "mean": encoder.mean}
+        words |= {key: value for key, value in given.items() if key in wanted}
         if part.views_small:                                                # 96 beside 224 pixels
             words["small"] = augment.build(part.views_small, max(16, round(size * 96 / 224)))
         if "decoder" in wanted:
