@@ -18,8 +18,8 @@ The algorithm.
   q = normalised g(pooled coarsest map of F); k, p = normalised g'(the same of F', of M): projector g, slow copy g' (4)
   contrast = mean of -log [ exp(q.k / T) / (exp(q.k / T) + sum over queue rows n of exp(q.n / T)) ],
   contrast_mix: the same with p, as a constant, in place of k                                                      (5)
-  restored = d(maps), after the coarsest map's channels were multiplied by sigmoid(e(c)):
-  decoder d, small network e (`control`)                                                                           (6)
+  restored = m + d(maps), after the coarsest map's channels were multiplied by sigmoid(e(c)):
+  decoder d, small network e (`control`), mean m of the images                                                     (6)
   restoration, _key, _mix = mean squares of restored from F and c, F' and c', M and c''
   minus R(a), R'(b), R''(alpha a + (1 - alpha) b)                                                                  (7)
   loss = (contrast + contrast_mix) / 2 + (restoration + restoration_key + restoration_mix) / 3                     (8)
@@ -39,6 +39,8 @@ Differences. Study: the work that RECIPE follows.
 - Contrast. Study: noise-contrastive estimation (each key is judged to be the partner or noise). Here: MoCo's softmax.
 - Projector. Study: its supplement has a hidden layer of 512, its code one of 128. Here: 512; the other is `hidden=128`.
 - Blur. Study: on the views alone, with probability 0.4. Here: a part of the augmentation, so targets have it too.
+- Start. Study: the first picture is nearly black. Here: it has the mean of the images, m. From black, bright images take
+  hundreds of steps to get as bright as they are.
 - Networks. Here: encoder and decoder are handed in; only the coarsest map is multiplied, so with skip connections the
   finer ones reach the decoder unturned.
 - Taken over from the study's code. R for each picture, a linear decoder, one draw for both views of whether and how
@@ -75,9 +77,10 @@ SMALL = {
 
 
 class PCRL(nn.Module):
-    """Contrast and mixture of two views, and restoration under a control vector."""
+    """Contrast and mixture of two views, and restoration under a control vector. mean: of the images, a number for each
+    channel; the first picture is filled with it."""
 
-    def __init__(self, encoder, augment, decoder, hidden=512, dim=128, queue_size=16384, temperature=0.2,
+    def __init__(self, encoder, augment, decoder, mean, hidden=512, dim=128, queue_size=16384, temperature=0.2,
                  momentum=0.999, bn_chunks=8, paint=0.9):
         super().__init__()
         check(hidden=(hidden, 1, 10 ** 5), dim=(dim, 1, 10 ** 5), queue_size=(queue_size, 1, 10 ** 7),
@@ -85,6 +88,7 @@ class PCRL(nn.Module):
               paint=(paint, 0.0, 1.0))
         needs_maps(encoder)
         self.encoder, self.augment, self.decoder = encoder, augment, decoder
+        self.register_buffer("level", torch.tensor(mean).view(-1, 1, 1))                                # (C, 1, 1)
         self.temperature, self.momentum, self.bn_chunks, self.paint = temperature, momentum, bn_chunks, paint
         self.projector = mlp(encoder.dim, hidden, dim, norm=False)
         self.control = mlp(6, 256, encoder.dim, norm=False)
@@ -120,7 +124,7 @@ class PCRL(nn.Module):
         targets, restored = (target, target_key, target_mix), []
         for name, levels, gate, wanted in zip(("", "_key", "_mix"), (maps, key_maps, mixed_maps), gates, targets):
             raw, = at_least_float32(self.decoder([*levels[:-1], levels[-1] * gate[:, :, None, None]]))      # Eq. 6
-            restored.append(raw[:, :, :wanted.shape[2], :wanted.shape[3]])  # (B, C, h, h)
+            restored.append(self.level + raw[:, :, :wanted.shape[2], :wanted.shape[3]])             # (B, C, h, h)
             out["restoration" + name] = F.mse_loss(restored[-1], wanted)    # Eq. 7
         accuracy, chance = contrast_scores(q.detach(), k, self.queue)
         out["loss"] = ((out["contrast"] + out["contrast_mix"]) / 2          # Eq. 8

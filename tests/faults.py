@@ -231,6 +231,7 @@ FAULTS = {                                                                  # fi
         ("curves go round", "torch.where(falling[:, None], y.flip(1), y)", "y", "restoring -k curve"),
     ],
     "medssl/pcrl.py": [
+        ("pictures that start black", "self.level + raw", "raw", "restoring -k first_pictures"),
         ("features mixed the other way", "share * new + (1 - share) * old", "(1 - share) * new + share * old",
          "restoring -k pcrl_terms"),
         ("pictures mixed the other way", "share * a + (1 - share) * b", "(1 - share) * a + share * b",

@@ -263,13 +263,24 @@ def test_the_first_picture_has_the_mean_of_the_images(kind):
     assert kind(tiny_encoder(), plain, None, (0.0,)).level.isfinite().all()
 
 
+def test_the_first_pictures_of_pcrl_have_the_mean_of_the_images():
+    method = pcrl_method()
+    torch.nn.init.zeros_(method.decoder.out.weight)
+    torch.nn.init.zeros_(method.decoder.out.bias)
+    views = method.views(batch(4))
+    out = method(*views)
+    assert torch.allclose(out["restored"], torch.full_like(out["restored"], 0.4))
+    for name, target in zip(("", "_key", "_mix"), views[2:5]):
+        assert torch.allclose(out["restoration" + name], (target - 0.4).square().mean())
+
+
 # ---- PCRL ------------------------------------------------------------------------------------------------------------
 
 def pcrl_method(augment=plain, **words):
     torch.manual_seed(0)
     encoder = tiny_encoder()
     decoder = unet.Decoder(encoder.widths, encoder.strides, 1)
-    return PCRL(encoder, augment, decoder, **{"hidden": 32, "dim": 16, "queue_size": 20, **words})
+    return PCRL(encoder, augment, decoder, 0.4, **{"hidden": 32, "dim": 16, "queue_size": 20, **words})
 
 
 def codes():
@@ -334,7 +345,7 @@ def test_pcrl_terms_by_hand():
     pictures = []
     for name, maps, target, code in zip(("", "_key", "_mix"), (new, old, mixed), targets, some.unbind(1)):
         gate = torch.sigmoid(method.control(code))[:, :, None, None]
-        pictures.append(method.decoder(maps[:-1] + [maps[-1] * gate]))      # nothing squeezes it into [0, 1]
+        pictures.append(0.4 + method.decoder(maps[:-1] + [maps[-1] * gate]))            # not squeezed into [0, 1]
         assert torch.allclose(out["restoration" + name], (pictures[-1] - target).square().mean(), atol=1e-6)
     pooled = [maps[-1].mean((2, 3)) for maps in (new, old, mixed)]
     q, k, m = (F.normalize(head(z), dim=1) for head, z in
