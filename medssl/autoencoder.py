@@ -18,8 +18,8 @@ picture y (B, C, h, w) -> one number. A decoder's output that is larger than the
 cut to its size.
 
 Differences. Study: the work that RECIPE follows.
-- Start. Study: the first picture is gray, about a half. Here: it has the mean of the images, c. From a half, dark images
-  take hundreds of steps to get as dark as they are.
+- Start. Study: the first picture is gray, about a half. Here: it has the mean of the images, c. From a half, dark
+  images take hundreds of steps to get as dark as they are.
 - Networks. Study: a plain U-Net with max pooling, with or without skip connections. Here: encoder and decoder are
   handed in.
 - Flips. Study in 3D: up to three draws of an axis, each with probability 0.4. Its 2D code: one flip, with 0.4. Here:

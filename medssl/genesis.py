@@ -35,8 +35,8 @@ Differences. Study: the work that RECIPE follows.
 - Boxes. Here: they keep their distance to the border in proportion (3 pixels of 64).
 - Schedule. Study: half the rate every 40 epochs by its code, when the loss stands still by its supplement. Here: a
   cosine.
-- Start. Study: the first picture is gray, about a half. Here: it has the mean of the images, c. From a half, dark images
-  take hundreds of steps to get as dark as they are.
+- Start. Study: the first picture is gray, about a half. Here: it has the mean of the images, c. From a half, dark
+  images take hundreds of steps to get as dark as they are.
 - Networks. Study: a plain U-Net with or without skip connections. Here: encoder and decoder are handed in.
 - Accumulation of gradients (one optimiser step from several micro-batches). Here: it equals a larger batch but for
   BatchNorm's statistics.

@@ -39,8 +39,8 @@ Differences. Study: the work that RECIPE follows.
 - Contrast. Study: noise-contrastive estimation (each key is judged to be the partner or noise). Here: MoCo's softmax.
 - Projector. Study: its supplement has a hidden layer of 512, its code one of 128. Here: 512; the other is `hidden=128`.
 - Blur. Study: on the views alone, with probability 0.4. Here: a part of the augmentation, so targets have it too.
-- Start. Study: the first picture is nearly black. Here: it has the mean of the images, m. From black, bright images take
-  hundreds of steps to get as bright as they are.
+- Start. Study: the first picture is nearly black. Here: it has the mean of the images, m. From black, bright images
+  take hundreds of steps to get as bright as they are.
 - Networks. Here: encoder and decoder are handed in; only the coarsest map is multiplied, so with skip connections the
   finer ones reach the decoder unturned.
 - Taken over from the study's code. R for each picture, a linear decoder, one draw for both views of whether and how
