@@ -97,7 +97,8 @@ def trained(args):
     try:
         after.load_state_dict(state["method"])
     except (RuntimeError, KeyError):
-        raise UserError(f"--run {folder}: its checkpoint.pt is not of the method in its config.json") from None
+        raise UserError(f"--run {folder}: its checkpoint.pt is not of the method in its config.json, or of an earlier "
+                        "version of it") from None
     return dataset, {"random network": before, f"after {state['step']} steps": after}
 
 

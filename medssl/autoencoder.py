@@ -9,7 +9,7 @@ copy, and with skip connections it does, since the finest map passes the bottlen
 of the restoring methods; `skips=False` of the decoder is its sensible form.
 
 The algorithm.
-  y = sigmoid(c + d(f(x)))                                 encoder f, all its maps; decoder d; level c              (1)
+  y = sigmoid(c + d(f(x)))               encoder f, all its maps; decoder d; sigmoid(c) = the mean of the images    (1)
   loss = mean over pixels of (y - x)^2                                                                              (2)
 "chance" is the loss of painting each image evenly, in the mean of each of its channels. Copying scores 0.
 
@@ -18,7 +18,7 @@ picture y (B, C, h, w) -> one number. A decoder's output that is larger than the
 cut to its size.
 
 Differences. Study: the work that RECIPE follows.
-- Start. Study: the first picture is gray, about a half. Here: it has the mean of the images, c. From a half, dark
+- Start. Study: the first picture is gray, about a half. Here: it has the mean of the images. From a half, dark
   images take hundreds of steps to get as dark as they are.
 - Networks. Study: a plain U-Net with max pooling, with or without skip connections. Here: encoder and decoder are
   handed in.
@@ -57,7 +57,7 @@ class Autoencoder(nn.Module):
         super().__init__()
         needs_maps(encoder)
         self.encoder, self.augment, self.decoder = encoder, augment, decoder
-        self.register_buffer("level", level_of(mean))                       # (C, 1, 1)
+        self.register_buffer("level", level_of(mean))                       # c (C, 1, 1)
 
     @torch.no_grad()
     def views(self, images):

@@ -11,7 +11,7 @@ The algorithm.
   with probability 0.5: pixels of x change places within random blocks (`local_shuffle`)                           (2)
   with probability 0.9: grey values of x go through a random Bezier curve (`bezier_map`)                           (3)
   with probability 0.9: x through `in_paint` (noise in boxes) or, in 0.8 of these, `out_paint` (noise around them) (4)
-  y = sigmoid(c + d(f(x)))                                 encoder f, all its maps; decoder d; level c             (5)
+  y = sigmoid(c + d(f(x)))               encoder f, all its maps; decoder d; sigmoid(c) = the mean of the images   (5)
   loss = mean over pixels of (y - target)^2                                                                        (6)
 "identity" is the loss of handing back the distorted image: a network that has learnt anything stays below it. "chance"
 is the loss of painting all images of the batch alike and evenly, in the mean of each channel. To know an image's own
@@ -35,7 +35,7 @@ Differences. Study: the work that RECIPE follows.
 - Boxes. Here: they keep their distance to the border in proportion (3 pixels of 64).
 - Schedule. Study: half the rate every 40 epochs by its code, when the loss stands still by its supplement. Here: a
   cosine.
-- Start. Study: the first picture is gray, about a half. Here: it has the mean of the images, c. From a half, dark
+- Start. Study: the first picture is gray, about a half. Here: it has the mean of the images. From a half, dark
   images take hundreds of steps to get as dark as they are.
 - Networks. Study: a plain U-Net with or without skip connections. Here: encoder and decoder are handed in.
 - Accumulation of gradients (one optimiser step from several micro-batches). Here: it equals a larger batch but for
@@ -72,7 +72,7 @@ class Genesis(nn.Module):
               in_share=(in_share, 0.0, 1.0))
         needs_maps(encoder)
         self.encoder, self.augment, self.decoder = encoder, augment, decoder
-        self.register_buffer("level", level_of(mean))                       # (C, 1, 1)
+        self.register_buffer("level", level_of(mean))                       # c (C, 1, 1)
         self.shuffle, self.intensity, self.paint, self.in_share = shuffle, intensity, paint, in_share
 
     @torch.no_grad()

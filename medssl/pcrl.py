@@ -88,7 +88,7 @@ class PCRL(nn.Module):
               paint=(paint, 0.0, 1.0))
         needs_maps(encoder)
         self.encoder, self.augment, self.decoder = encoder, augment, decoder
-        self.register_buffer("level", torch.tensor(mean).view(-1, 1, 1))                                # (C, 1, 1)
+        self.register_buffer("level", torch.tensor(mean).view(-1, 1, 1))                                # m (C, 1, 1)
         self.temperature, self.momentum, self.bn_chunks, self.paint = temperature, momentum, bn_chunks, paint
         self.projector = mlp(encoder.dim, hidden, dim, norm=False)
         self.control = mlp(6, 256, encoder.dim, norm=False)

@@ -217,7 +217,8 @@ def restore(config, method, optimizer, scaler, rank):
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
     except (RuntimeError, ValueError, KeyError):
-        raise UserError(f"{path}: belongs to another method, encoder or optimiser than this run's") from None
+        raise UserError(f"{path}: belongs to another method, encoder or optimiser than this run's, or to an earlier "
+                        "version of the program") from None
     if rank == 0:
         encoders.save(encoders.exported(method), path.with_name("encoder.pt"))
     return state["step"]
