@@ -20,9 +20,9 @@ A method is a torch.nn.Module with four members; there is no base class. This is
 
 Constructors are Method(encoder, augment, **options). augment(images) -> views, random for each image;
 augment(images, geometry=True) -> views and theta (B, 2, 3), the map from view to image in coordinates from -1 to 1.
-Arguments named channels, size, decoder and small (an augmentation for small crops) are filled in by train.py, the
-others have defaults and are changed with --set. A number that can never be right is refused by the constructor, with a
-ValueError of one line that names the word and the value.
+Arguments named channels, size, mean (of the images, a number for each channel), decoder and small (an augmentation for
+small crops) are filled in by train.py, the others have defaults and are changed with --set. A number that can never be
+right is refused by the constructor, with a ValueError of one line that names the word and the value.
 
 A file's RECIPE holds its paper's training settings: optimizer, lr (per 256 images for sgd, lars and lamb, as it stands
 for adam and adamw), weight_decay, batch, epochs, warmup (epochs), views (a name from common/augment.py), size; and
