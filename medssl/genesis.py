@@ -172,9 +172,17 @@ def sometimes(probability, changed, original):
     return torch.where(chosen, changed, original)
 
 
+def mean_of(mean):
+    """The mean of pictures in [0, 1], a number for each channel, as (C, 1, 1); a ValueError where it can be none."""
+    values = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
+    if not ((values >= 0) & (values <= 1)).all():
+        raise ValueError(f"mean={mean}: has to be from 0 to 1, as the images are")
+    return values
+
+
 def level_of(mean):
     """What a picture filled with `mean`, a number for each channel, is before the sigmoid: (C, 1, 1)."""
-    return torch.tensor(mean).clamp(0.01, 0.99).logit().view(-1, 1, 1)
+    return mean_of(mean).clamp(0.01, 0.99).logit()
 
 
 def picture(raw, level, image):

@@ -88,7 +88,7 @@ class PCRL(nn.Module):
               paint=(paint, 0.0, 1.0))
         needs_maps(encoder)
         self.encoder, self.augment, self.decoder = encoder, augment, decoder
-        self.register_buffer("level", torch.tensor(mean).view(-1, 1, 1))                                # m (C, 1, 1)
+        self.register_buffer("level", mean_of(mean))                                                    # m (C, 1, 1)
         self.temperature, self.momentum, self.bn_chunks, self.paint = temperature, momentum, bn_chunks, paint
         self.projector = mlp(encoder.dim, hidden, dim, norm=False)
         self.control = mlp(6, 256, encoder.dim, norm=False)
@@ -270,6 +270,14 @@ def check(**words):
         whole = isinstance(low, int)
         if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not low <= value <= high:
             raise ValueError(f"{word}={value}: has to be a {'whole ' * whole}number from {low} to {high}")
+
+
+def mean_of(mean):
+    """The mean of pictures in [0, 1], a number for each channel, as (C, 1, 1); a ValueError where it can be none."""
+    values = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
+    if not ((values >= 0) & (values <= 1)).all():
+        raise ValueError(f"mean={mean}: has to be from 0 to 1, as the images are")
+    return values
 
 
 def needs_maps(encoder, or_else=""):

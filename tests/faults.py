@@ -216,6 +216,7 @@ FAULTS = {                                                                  # fi
          "restoring -k autoencoder"),
         ("chance over the batch", "images.var((2, 3), correction=0)", "images.var((0, 2, 3), correction=0)",
          "restoring -k autoencoder"),
+        ("a mean of 118", "((values >= 0) & (values <= 1)).all()", "values.numel()", "restoring -k a_mean"),
         ("pictures that start at a half", "(raw + level).sigmoid()", "raw.sigmoid()", "restoring -k first_picture"),
     ],
     "medssl/genesis.py": [

@@ -263,6 +263,13 @@ def test_the_first_picture_has_the_mean_of_the_images(kind):
     assert kind(tiny_encoder(), plain, None, (0.0,)).level.isfinite().all()
 
 
+@pytest.mark.parametrize("kind", [Autoencoder, Genesis, PCRL])
+@pytest.mark.parametrize("wrong", [118, (0.4, -0.1), math.nan])
+def test_a_mean_of_other_images_than_from_0_to_1_is_refused(kind, wrong):
+    with pytest.raises(ValueError, match="mean=.*has to be from 0 to 1"):
+        kind(tiny_encoder(), plain, torch.nn.Identity(), wrong)
+
+
 def test_the_first_pictures_of_pcrl_have_the_mean_of_the_images():
     method = pcrl_method()
     torch.nn.init.zeros_(method.decoder.out.weight)
