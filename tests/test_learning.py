@@ -1,6 +1,6 @@
 """Four methods learn in seconds; each has a number to reach that it does not reach untrained.
 
-`python tests/learning.py` has the others.
+`python tools/learning.py` has the others.
 """
 
 import functools
@@ -13,7 +13,7 @@ from PIL import Image, ImageFilter
 
 from medssl import METHODS
 from medssl.common.data import phantoms
-from tests import learning
+from tools import learning
 from tests.common import tiny_encoder
 
 CASES = {                          # method: (steps, rate, words, what is measured, sign, level)
@@ -27,7 +27,7 @@ CASES = {                          # method: (steps, rate, words, what is measur
 
 def test_every_method_has_a_number_to_reach():
     for name in set(METHODS) - {"together"}:
-        assert name in learning.LEVELS, f"tests/learning.py: LEVELS has no entry for {name}: {learning.WANTED}"
+        assert name in learning.LEVELS, f"tools/learning.py: LEVELS has no entry for {name}: {learning.WANTED}"
 
 
 @functools.cache

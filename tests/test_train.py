@@ -21,7 +21,6 @@ from medssl import METHODS, byol
 from medssl import __main__ as portraits
 from medssl.common import cli, data, encoders, features, files, loop, metrics, pen, presets, settings
 from medssl.common.data import prepare
-from medssl.common.evaluation import studies
 from medssl.common.monitor import Monitor
 from tests.common import TINY, Flip, batch
 
@@ -331,7 +330,7 @@ def parsers(monkeypatch):
     """Those of all programs."""
     found = []
     monkeypatch.setattr(cli.Parser, "parse_args", lambda parser, _: found.append(parser) or 1 / 0)
-    for main in (train.main, evaluate.main, prepare.main, studies.main, portraits.main):
+    for main in (train.main, evaluate.main, prepare.main):
         with pytest.raises(ZeroDivisionError):
             main([])
     return found

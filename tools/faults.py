@@ -1,8 +1,8 @@
 """Do the tests find what goes wrong? Breaks the code in many ways, one at a time, and tells which no test finds.
 
-    python tests/faults.py               all, in a scratch copy of this checkout; about four minutes on one CPU core
-    python tests/faults.py -k moco       those with this word in their file, their words or their tests
-    python tests/faults.py --list        what would be broken
+    python tools/faults.py               all, in a scratch copy of this checkout; about four minutes on one CPU core
+    python tools/faults.py -k moco       those with this word in their file, their words or their tests
+    python tools/faults.py --list        what would be broken
 
 A fault is a few words, a piece of text that stands once in its file (or in the files of its folder), what stands there
 instead, and the tests that should find it, as pytest wants them: "moco loop -k queue" are those of test_moco.py and
@@ -352,16 +352,6 @@ FAULTS = {                                                                  # fi
          "side.gather(1, first).squeeze(1).clamp(max=1)", "augment -k crops_that"),
         ("a dark border", 'padding_mode="border", align', 'padding_mode="zeros", align', "augment -k fades"),
         ("blur of the wrong axis", "weights(x.shape[2]) @ x @", "x @ weights(x.shape[3]) @", "augment -k blur"),
-    ],
-    "medssl/common/evaluation/studies.py": [
-        ("the images of short runs lose their proportion",
-         "images = max(seconds / seconds_for_one, LEAST / min(for_one.values()))", "images = seconds / seconds_for_one",
-         "studies -k budget"),
-        ("a budget that is a third of what is needed", "3 * (fixed + enough * per_step)", "(fixed + enough * per_step)",
-         "studies -k short_read"),
-    ],
-    "medssl/common/evaluation/protocols.py": [
-        ("heads that learnt nothing decide", "claim=claim if learnt else None", "claim=claim", "studies -k heads"),
     ],
     "medssl/common/unet.py": [
         ("fewer maps than classes", "max(8, 2 * channels, below // 2)", "max(8, below // 2)", "restoring -k last_maps"),

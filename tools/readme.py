@@ -1,6 +1,6 @@
 """Runs what the README shows, in an empty folder: the run command (shortened), and the examples.
 
-    python tests/readme.py
+    python tools/readme.py
 
 The commands are taken from README.md itself, so that it cannot rot. Where torchvision is not installed, the example's
 encoder is this project's ResNet-18 with the same parameter names.

@@ -1,7 +1,7 @@
 """What the loop costs on top of the network: images per second of both, side by side.
 
-    python tests/benchmark.py --method simclr --encoder resnet18 --size 96 --batch 64
-    python tests/benchmark.py --memory          does memory grow with the number of images held in a file?
+    python tools/benchmark.py --method simclr --encoder resnet18 --size 96 --batch 64
+    python tools/benchmark.py --memory          does memory grow with the number of images held in a file?
 
 `network`: forward and backward of the method on fixed random views, without views, optimiser, data or logging. `loop`:
 train.py's whole loop on random images. Both are timed in turns, several times, and the medians are compared, since

@@ -1,4 +1,4 @@
-"""How fast and how large opening a folder is: `python tests/benchmark_data.py [COUNT]`
+"""How fast and how large opening a folder is: `python tools/benchmark_data.py [COUNT]`
 (50,000 images by default: some minutes and 2 GB of disk).
 
 It makes gray 128 x 128 PNGs in a temporary folder, which it deletes again, and prints

@@ -4,9 +4,9 @@
   ours      make_sparse: the same dense layers, a product after each, BatchNorm by arithmetic
   gather    the reference of test_spark.py: boolean indexing, BatchNorm1d on the rows, scatter
 
-    python -m tests.benchmark_spark --encoders resnet18 resnet50 --sizes 128 224 --batch 32
-    python -m tests.benchmark_spark --batch 8 --rounds 3 --cpu-time         a CPU that has other work, in some minutes
-    python -m tests.benchmark_spark --compile         one more row, `compiled`: ours through torch.compile
+    python -m tools.benchmark_spark --encoders resnet18 resnet50 --sizes 128 224 --batch 32
+    python -m tools.benchmark_spark --batch 8 --rounds 3 --cpu-time         a CPU that has other work, in some minutes
+    python -m tools.benchmark_spark --compile         one more row, `compiled`: ours through torch.compile
 
 Runs on the GPU if there is one (then also with bfloat16), else on the CPU. The variants take turns, so that whatever
 else the machine does strikes all of them; the time is the median and the ratio is the median of the rounds' ratios.

@@ -1,6 +1,6 @@
 """Does every method learn? A short training of each on the built-in images, with a number to reach.
 
-    python tests/learning.py [METHOD ...]        one to two minutes for all on two CPU cores
+    python tools/learning.py [METHOD ...]        one to two minutes for all on two CPU cores
 
 What a broken method would also reach is no number to reach: where the loss says little (MoCo's rises while its queue
 fills, BYOL's and SimSiam's may fall because everything collapses) it is how well the second view of an unseen image is
@@ -111,7 +111,7 @@ def main():
     names = sys.argv[1:] or list(LEVELS)
     unknown = [name for name in names if name not in LEVELS]
     if unknown:
-        sys.exit(f"tests/learning.py: LEVELS has no entry for {', '.join(unknown)}: {WANTED}")
+        sys.exit(f"tools/learning.py: LEVELS has no entry for {', '.join(unknown)}: {WANTED}")
     failed = 0
     # Two trainings side by side, one thread each: networks as small as these gain little from a second thread.
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
