@@ -23,8 +23,7 @@ import torch
 from tqdm import tqdm
 
 from medssl import METHODS
-from medssl.common import augment, cli, data, encoders, files, loop, optim, presets
-from medssl.common import settings as settled
+from medssl.common import augment, cli, config, data, encoders, files, loop, optim
 from medssl.common.errors import UserError
 from medssl.common.monitor import Monitor
 
@@ -38,42 +37,43 @@ RUN = "checkpoint.pt"                                                       # wh
 
 def main(argv=None):
     args = parse(argv)
-    settings, cost = (settled.stored(args.out, args.device, METHODS), None) if args.resume else begin(args)
-    rank, world, device = loop.processes(settings.device)
-    say = print if rank == 0 else lambda *_, **__: None
-    loop.parts_of(settings.batch, settings.accum, world)                    # or the line that says why not
-    out = Path(args.out) if args.resume else choose_folder(args, world)
-    say(headline(settings, cost))
-    dataset = data.load(settings.data, settings.size, settings.channels, settings.label, settings.cache)
-    rows = dataset.rows("train", "unlabeled")
+    if args.resume:
+        args = config.read(args.out, args.device)
+    source, found = config.look(args)
+    if not args.resume:
+        config.complete(args, METHODS, found)
+    rank, world, device = loop.processes(args.device)
+    say = print if rank == 0 else lambda *_: None
+    loop.count_parts(args.batch, args.accum, world)                         # or the line that says why not
+    if not args.resume:
+        args.out = choose_folder(args, world)
+    headline(args, say)
+    dataset = data.load(source, args.size, args.channels, args.label, args.cache)
+    if args.deal is not None:
+        dataset = data.deal(dataset, args.deal)
+        say(f"the patients are dealt anew to train, val and test from seed {args.deal}; evaluate.py deals them alike")
+    rows = dataset.rows(*data.LEARNT_FROM)
     if not len(rows):
-        raise UserError(f"{settings.data}: no image to learn from, none is of the split train or unlabeled")
-    method, first = assemble(settings, dataset, say)
+        raise UserError(f"{args.data}: no image to learn from, none is of the split train or unlabeled")
+    method, first = build(args, dataset, say)
     say(f"{len(rows)} images {'x'.join(map(str, dataset.images.shape[1:]))} of {dataset.name}, "
-        f"{sum(p.numel() for p in first.parameters()) / 1e6:.1f} M weights in {settings.encoder}, on {device}")
-    for note in notes(method, settings, len(rows)):
+        f"{sum(p.numel() for p in first.parameters()) / 1e6:.1f} M weights in {args.encoder}, on {device}")
+    for note in notes(method, args, len(rows)):
         say(f"note: {note}")
     if args.resume:
-        settled.check_data(out, dataset)
-    config = settings.training(out, args.resume)
-    with files.begun(out, RUN) if rank == 0 else contextlib.nullcontext():  # all flags were found right
+        config.check_data(args.out, dataset)
+    out = Path(args.out)
+    with files.new_folder(out, RUN) if rank == 0 else contextlib.nullcontext():     # all flags were found right
         if rank == 0 and not args.resume:
-            settled.write_config(out, settings, dataset)
+            config.write(args, dataset)
         method.to(device, memory_format=torch.channels_last)
-        monitor = Monitor(first.to(device), dataset, rows, device, config, draws=rank == 0)
+        monitor = Monitor(first.to(device), dataset, rows, device, config.training(args), draws=rank == 0)
         if rank == 0 and not args.resume:
-            with cli.told(settings.method, *settled.sources(METHODS, settings)):
-                monitor.draw_views(method)
+            monitor.draw_views(method)
             say(f"what the method sees: {out / 'views.png'}")
-        done, seconds = train(method, monitor, dataset, rows, config)
+        done, seconds = train(method, monitor, dataset, rows, config.training(args))
     if rank == 0:
-        report(monitor, config, done, seconds)
-
-
-def begin(args):
-    """The settings of a new run, and how many operations an image costs in a forward pass."""
-    names = settled.names_of(args.method, METHODS)
-    return settled.settle(args, METHODS, names, presets.look(args.data, args.label))
+        report(monitor, args, done, seconds)
 
 
 def choose_folder(args, world):
@@ -82,66 +82,57 @@ def choose_folder(args, world):
     out = files.free_folder(args.out, stem, RUN, "--resume goes on with that run, another --out starts afresh")
     if world > 1 and not args.out:
         raise UserError(f"with several processes say where to: --out {out}")
-    return out
+    return str(out)
 
 
-def assemble(settings, dataset, say):
+def headline(args, say):
+    """Which preset, how long, and what is otherwise than in the paper."""
+    changes = ", ".join(config.changes(args, METHODS)) or "nothing"
+    say(f"{args.steps} steps of {args.method} with {args.batch} images each, preset {args.preset}")
+    say(f"otherwise than in its RECIPE (in brackets): {changes}")
+    for name, part in args.parts.items():
+        if part.queue_cut:
+            say(f"the queue of {name} was cut from {part.queue_cut} to {part.words['queue_size']}, a quarter of the "
+                "images: else images meet old embeddings of their own as negatives")
+
+
+def build(args, dataset, say):
     """The method, and the encoder before training. What --init brings is in it before slow copies are made of it."""
     channels = dataset.images.shape[1]
-    torch.manual_seed(settings.seed)                                        # the same first weights in every process
-    encoder = encoders.build(settings.encoder, channels, settings.stem, dataset.mean, dataset.std)
-    encoder.size = settings.size                                            # stands in encoder.json
-    if settings.init:
-        matched, total = encoders.load(settings.init, encoder, lambda line: say(f"note: {line}"))
-        say(f"starting from {settings.init}: {matched} of {total} tensors matched")
+    torch.manual_seed(args.seed)                                            # the same first weights in every process
+    encoder = encoders.build(args.encoder, channels, args.stem, dataset.mean, dataset.std)
+    encoder.size = args.size                                                # stands in encoder.json
+    if args.init:
+        matched, total = encoders.load(args.init, encoder, lambda line: say(f"note: {line}"))
+        say(f"starting from {args.init}: {matched} of {total} tensors matched")
     first = copy.deepcopy(encoder)
-    with cli.told(settings.method, *settled.sources(METHODS, settings)):    # of a resumed run nobody has asked yet
-        return settled.build(METHODS, settings.parts, encoder, channels, settings.size), first
+    return config.build(METHODS, args.parts, encoder, channels, args.size), first
 
 
-def headline(settings, cost):
-    """Which preset, how long, and what is otherwise than in the paper."""
-    name = next(iter(settings.parts))
-    minutes = None if cost is None else presets.seconds(settings.steps, settings.batch, cost) / 60
-    time = "" if minutes is None else f", {spoken(minutes)} on two CPU cores"
-    changes = ", ".join(settled.changed(METHODS, settings))
-    changes = f"otherwise than the RECIPE of {name}: {changes}" if changes else f"the RECIPE of {name} as it stands"
-    return f"preset {settings.preset}: {settings.steps} steps of {settings.method}{time}; {changes}"
-
-
-def spoken(minutes):
-    """A length of time, roughly."""
-    if minutes < 1.5:
-        return "a minute" if minutes >= 0.5 else "less than a minute"
-    if minutes < 90:
-        return f"{minutes:.0f} minutes"
-    return f"{minutes / 60:.0f} hours" if minutes < 48 * 60 else f"{minutes / 60 / 24:.0f} days"
-
-
-def notes(method, settings, count):
+def notes(method, args, count):
     """What the user should know before it starts."""
-    if settings.batch > count:
-        yield (f"a batch of {settings.batch} is larger than the set ({count} images): it holds copies, which "
-               f"contrastive methods take for other images; --batch {1 << count.bit_length() - 1} avoids it")
-    for name, part in getattr(method, "parts", {settings.method: method}).items():
-        if hasattr(part, "when_together") and len(settings.parts) > 1:
+    if args.batch > count:
+        yield (f"a batch of {args.batch} is larger than the set ({count} images): it holds copies, which contrastive "
+               f"methods take for other images; --batch {1 << count.bit_length() - 1} avoids it")
+    for name, part in getattr(method, "parts", {args.method: method}).items():
+        if hasattr(part, "when_together") and len(args.parts) > 1:
             yield f"{name} beside others: {part.when_together}"
-        queue = settled.queue_size(METHODS[name], settings.parts[name])
-        word = "queue_size" if len(settings.parts) == 1 else f"{name}.queue_size"
+        queue = config.queue_size(METHODS[name], args.parts[name])
+        word = "queue_size" if len(args.parts) == 1 else f"{name}.queue_size"
         if queue > count:
             yield (f"the queue of {name} holds {queue} embeddings, more than there are images ({count}): images will "
                    f"meet old embeddings of their own as negatives; --set {word}={max(1, count // 2)} avoids it")
 
 
-def train(method, monitor, dataset, rows, config):
+def train(method, monitor, dataset, rows, settings):
     """The loop with its bar, its looks and its curves. Returns the last step that was done and the seconds it took."""
     started, step, history, logged = time.perf_counter(), None, None, 0
     silent = {} if monitor.out else {"disable": True}                       # left out, TQDM_DISABLE decides
-    with tqdm(total=config.steps, unit="step", dynamic_ncols=True, delay=0.5, **silent) as bar:
-        for record in loop.fit(method, dataset, config, rows):
+    with tqdm(total=settings.steps, unit="step", dynamic_ncols=True, delay=0.5, **silent) as bar:
+        for record in loop.fit(method, dataset, settings, rows):
             step = record["step"]
             if history is None:                                             # of a resumed run, now that it was cut back
-                history = files.read_log(Path(config.out) / "log.jsonl")
+                history = files.read_log(Path(settings.out) / "log.jsonl")
             bar.update(step - bar.n)
             if not isinstance(record["loss"], float):
                 continue
@@ -153,9 +144,16 @@ def train(method, monitor, dataset, rows, config):
             bar.set_postfix(monitor.summary(record), refresh=False)
             logged += 1
             if logged == 2 and monitor.out:                                 # the first rate still holds the start
-                minutes = (config.steps - step) * config.batch / record["images_per_s"] / 60
-                bar.write(f"at this pace {spoken(minutes)} to go; {memory(monitor.device):.1f} GiB of memory in use")
+                seconds = (settings.steps - step) * settings.batch / record["images_per_s"]
+                bar.write(f"at this pace {spoken(seconds / 60)} to go; {memory(monitor.device):.1f} GiB of memory in use")
     return step, time.perf_counter() - started
+
+
+def spoken(minutes):
+    """A length of time, roughly."""
+    if minutes < 1.5:
+        return "a minute" if minutes >= 0.5 else "less than a minute"
+    return f"{minutes:.0f} minutes" if minutes < 90 else f"{minutes / 60:.0f} hours"
 
 
 def memory(device):
@@ -176,6 +174,8 @@ def parse(argv):
     add("--method", default="medmoco", help="which one, or several joined by + (default medmoco)")
     add("--data", type=cli.filled, default="phantoms", help="folder or file of images (default: phantoms, built in)")
     add("--label", type=cli.filled, default="label", help="column of split.csv that holds the label")
+    add("--deal", type=cli.whole, metavar="SEED",
+        help="deal the patients anew to train, val and test, from this seed: for cross-validation")
     add("--preset", choices=("small", "paper"), default="small",
         help="what holds where no flag says it: small (default) is for minutes on two CPU cores, paper is the RECIPE")
     add("--encoder", choices=encoders.ENCODERS, help="default: the preset's, as for all that is not given")
@@ -195,6 +195,8 @@ def parse(argv):
     add("--lr", type=cli.positive_number,
         help="per 256 images with sgd, lars and lamb; as it stands with adam and adamw")
     add("--weight-decay", type=cli.not_negative, help="of weights; biases and norms never decay")
+    add("--weight-decay-end", type=cli.not_negative, help="it runs there by a cosine (default: the preset's, or constant)")
+    add("--clip", type=cli.positive_number, help="largest global gradient norm")
     add("--views", choices=augment.VIEWS, help="views of common/augment.py, by name")
     add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
         help="an argument of the method's constructor, see medssl/METHOD.py; PART.NAME=VALUE with several parts")
@@ -207,12 +209,10 @@ def parse(argv):
     add("--keep-every", type=cli.positive, help="also keep encoder-STEP.pt every so many steps")
     add("--log-every", type=cli.positive, default=10, help="steps between lines of log.jsonl")
     add("--seed", type=cli.whole, default=0, help="of weights, order and views")
-    add("--device", type=cli.device, default="auto",
-        help="cpu, cuda, cuda:1, ..., mps (default: cuda if there is one, else cpu)")
-    add("--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ..., mps (default: cuda if there is one, else cpu)")
+    add("--amp", choices=loop.AMP, default="off", help="mixed precision")
     add("--compile", action="store_true", help="torch.compile; needs a C++ compiler on CPUs")
     add("--sync-bn", action="store_true", help="one BatchNorm over all processes")
-    add("--clip", type=cli.positive_number, help="largest global gradient norm")
     add("--cache", type=cli.filled, metavar="DIR", help="where decoded images are kept")
     args = parser.parse_args(argv)
     if args.resume:
@@ -221,7 +221,7 @@ def parse(argv):
 
 
 def check_resume(parser, args):
-    """A run is gone on with as it was begun, perhaps on another device."""
+    """A run goes on as it was started, perhaps on another device."""
     given = [name for name, value in vars(args).items()
              if value != parser.get_default(name) and name not in ("resume", "out", "device")]
     if {"steps", "epochs"} & set(given):
@@ -232,13 +232,13 @@ def check_resume(parser, args):
         parser.error(f"--resume needs --out and takes the rest from its config.json{leave}")
 
 
-def report(monitor, config, done, seconds):
+def report(monitor, args, done, seconds):
     """In words what came out, and the command that comes next."""
-    out, latest = shlex.quote(config.out), monitor.latest
+    out, latest = shlex.quote(args.out), monitor.latest
     if done is None:
         print(f"nothing was left to do; to train longer, start a new run from this one: --init {out}")
     else:
-        print(f"{done} of {config.steps} steps in {seconds / 60:.1f} minutes")
+        print(f"{done} of {args.steps} steps in {seconds / 60:.1f} minutes")
     if latest.get("spread", 1) < 0.1:
         print(f"COLLAPSED: the embedding's spread is {latest['spread']:.3f} (about 1 is healthy, 0 means that all "
               "images look the same to the network)")
@@ -248,10 +248,27 @@ def report(monitor, config, done, seconds):
         scores = {"trained": latest["knn"]} | monitor.start | {"by chance": monitor.chance()}
         listed = "; ".join(f"{score:.3f} {name}" for name, score in scores.items())
         print(f"kNN on validation images, balanced accuracy: {listed}")
-    pictures = ", ".join(path.name for path in sorted(Path(config.out).glob("*.png")))
+    pictures = ", ".join(path.name for path in sorted(Path(args.out).glob("*.png")))
     print(f"in {out}: encoder.pt, checkpoint.pt, log.jsonl, config.json; pictures {pictures}")
-    stopped = done is not None and done < config.steps
-    print(f"next: python train.py --resume --out {out}" if stopped else f"next: python evaluate.py {out}")
+    if done is not None and done < args.steps:
+        print(f"next: python train.py --resume --out {out}")
+        return
+    if monitor.harmed():
+        harm(monitor, args)
+    print(f"next: python evaluate.py {out}")
+
+
+def harm(monitor, args):
+    """What to try where training made the features worse."""
+    run = f"python train.py --data {shlex.quote(args.data)}"
+    print(f"LESS THAN BEFORE: on {len(monitor.val)} validation images the trained features tell the classes apart less "
+          "well than those of the untrained network. What the method holds for the same may be what tells your classes "
+          "apart (see views.png), or the run is too long for the set (see curves.png). Try, in this order:")
+    print(f"  {run} --method {args.method} --steps {max(1, args.steps // 4)}")
+    print(f"  {run} --method {args.method} --views mild")
+    print(f"  {run} --method {'simclr' if args.method != 'simclr' else 'rotation'}")
+    print("and use untrained or other weights where none of them is better: evaluate.py shows the untrained network "
+          "beside the trained one")
 
 
 if __name__ == "__main__":

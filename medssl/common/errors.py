@@ -1,5 +1,9 @@
-"""The one class of error that is told to the user in a line: what was wrong, which file or flag, what to do."""
+"""Errors whose one line is for the user."""
 
 
 class UserError(ValueError):
-    """Something that the user can mend. The scripts print it without a traceback; all other errors keep theirs."""
+    """Something that the user can mend: one line, exit status 2."""
+
+
+class Full(UserError):
+    """A file could not be written, most often because the disk is full: exit status 1."""

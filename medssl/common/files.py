@@ -4,26 +4,50 @@ import itertools
 import json
 import math
 import os
+import stat
 import time
 import zipfile
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
-from .errors import UserError
+from .errors import Full, UserError
+
+
+def check_target(path, flag=""):
+    """A file may be written at `path`: nothing is there, or a regular file. A link leads to somewhere else, and a pipe
+    or device is no file."""
+    path = Path(path)
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return path
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag} {path}: {error}".strip()) from None
+    if not stat.S_ISREG(mode):
+        kind = "link" if stat.S_ISLNK(mode) else "folder" if stat.S_ISDIR(mode) else "pipe or device"
+        raise UserError(f"{flag} {path}: is a {kind}, not a file; choose another name".strip())
+    return path
 
 
 @contextmanager
 def whole(path):
     """Yields a temporary path beside `path` and renames it at the end: a reader sees the old file or the new one, never
-    half of one."""
-    path = Path(path)
+    half of one, also after a power cut."""
+    path = check_target(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        if not isinstance(error, OSError) and "PytorchStreamWriter" not in str(error):      # torch's way to say it
+            raise
+        raise Full(f"{path}: could not be written ({str(error).splitlines()[0]}); is the disk full? What stood there "
+                   "before is kept") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -36,21 +60,21 @@ def sweep(folder):
 
 def free_folder(out, stem, holds, hint="choose another"):
     """`out`, or the first of the names stem, stem-2, ... that is not taken. Refused where the file `holds` is there
-    already, and where nothing can be written. Nothing is made yet: see `begun`."""
+    already, and where nothing can be written. Nothing is made yet."""
     names = (stem if number == 1 else f"{stem}-{number}" for number in itertools.count(1))
     out = Path(out) if out else next(path for path in map(Path, names) if not path.exists())
     if (out / holds).exists():
         raise UserError(f"--out {out}: holds {holds} already; {hint}")
-    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    there = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
     if not (there.is_dir() and os.access(there, os.W_OK)):
         raise UserError(f"--out {out}: {there} is not a folder that can be written to")
     return out
 
 
 @contextmanager
-def begun(folder, holds):
-    """The folder is there. Where the work inside fails before the file `holds` is in it, what it wrote there is taken
-    away again: a start that failed leaves nothing."""
+def new_folder(folder, holds):
+    """Makes the folder. Where the work inside fails before the file `holds` is in it, what it wrote there is taken away
+    again: a start that failed leaves nothing."""
     folder = Path(folder)
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -95,45 +119,26 @@ def load_torch(path):
     return content
 
 
-@dataclass
-class Run:
-    """What a run's folder says of itself: its images, and the network in its encoder.pt."""
-    data: str
-    label: str
-    size: int
-    channels: int
-    encoder: str
-    stem: str
+def read_config(folder):
+    """What is in a run's config.json."""
+    path = Path(folder) / "config.json"
+    try:
+        content = json.loads(path.read_text())
+        return content | {key: content[key] for key in ("arguments", "encoder", "data")}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: missing or damaged; without it the weights are taken as bare ones") from None
 
 
 def read_run(folder):
-    """The Run of a folder made by this version or the one before it, from its config.json."""
-    config = read_config(folder)
+    """What a run's folder says of its images, and of the network in its encoder.pt."""
+    content = read_config(folder)
     try:
-        run = Run(**{name: config["arguments"][name] for name in ("data", "label")},
-                  **{name: config["data"][name] for name in ("size", "channels")},
-                  encoder=config["encoder"]["name"], stem=config["encoder"]["stem"])
-        check_kinds(run)
-        return run
-    except (KeyError, TypeError):
-        path = Path(folder) / "config.json"
-        raise UserError(f"{path}: damaged; leave it away and the weights are taken as bare ones") from None
-
-
-def check_kinds(record):
-    """Every field of a dataclass must hold what its annotation says; whole numbers do for others."""
-    for each in fields(record):
-        value, kind = getattr(record, each.name), each.type
-        kind = kind | int if isinstance(0.5, kind) else kind
-        if not isinstance(value, kind) or isinstance(value, bool) and not isinstance(True, each.type):
-            raise TypeError(f"{each.name} is {value!r}")
-
-
-def read_config(folder):
-    try:
-        return json.loads((Path(folder) / "config.json").read_text())
-    except (OSError, ValueError):
-        raise UserError(f"{Path(folder) / 'config.json'}: missing or damaged") from None
+        told = {name: content["arguments"][name] for name in ("data", "label", "channels")}
+        return SimpleNamespace(**told, size=content["data"]["size"], deal=content["arguments"].get("deal"),
+                               encoder=content["encoder"]["name"], stem=content["encoder"]["stem"])
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{Path(folder) / 'config.json'}: damaged; without it the weights are taken as bare ones"
+                        ) from None
 
 
 class Log:
@@ -149,6 +154,7 @@ class Log:
                 temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
 
     def rate(self, step, batch):
+        """Images a second since the last call."""
         now = time.perf_counter()
         images, seconds = (step - self.step) * batch, now - self.time
         self.step, self.time = step, now

@@ -51,14 +51,24 @@ class Config:
 
 
 def fit(method, dataset, config, rows=None, weights=None, groups=None):
-    """Train `method` on dataset.images[rows]. weights: how often each row is drawn; groups: the optimiser's groups.
+    """Train `method` on dataset.images[rows]. On one device, without what is said to the outside, it is this:
 
-    Yields the step's record: "step", "lr" and the scalars of the method's outputs. They stay tensors on the device,
-    except on logging steps, where they are floats, "images_per_s" is there, and what the caller adds to the record
-    before it asks for the next one goes into log.jsonl as well. Checkpoints are written after the yield. It is one
-    piece, so that a step can be read from top to bottom."""
+        for step in range(config.steps):
+            set_rates(optimizer, config, step)
+            index = rows[batch_order(len(rows), config.batch, step, config.seed)]
+            torch.manual_seed(mix(config.seed, step, 0))
+            out = method(*make_views(method, batch(dataset.images, index, device), dataset, index))
+            out["loss"].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            method.after_step([out], (step + 1) / config.steps)
+
+    weights: how often each row is drawn; groups: the optimiser's groups. Yields the step's record: "step", "lr" and the
+    scalars of the method's outputs. They stay tensors on the device, except on logging steps, where they are floats,
+    "images_per_s" is there, and what the caller adds to the record before it asks for the next one goes into log.jsonl
+    as well. Checkpoints are written after the yield. It is one piece, so that a step can be read from top to bottom."""
     rank, world, device = processes(config.device)
-    parts = parts_of(config.batch, config.accum, world)
+    parts = count_parts(config.batch, config.accum, world)
     rows = np.arange(len(dataset.images)) if rows is None else np.asarray(rows)
     if not len(rows):
         raise UserError(f"{dataset.name}: no image to learn from")
@@ -104,7 +114,7 @@ def fit(method, dataset, config, rows=None, weights=None, groups=None):
 
             record = {"step": step + 1, "lr": lr, **mean_scalars(outs)}
             logging = (step + 1) % config.log_every == 0 or step + 1 == config.steps
-            last = step + 1 == config.steps or stop.asked(world, device, logging)
+            last = step + 1 == config.steps or stop.seen(world, device, logging)
             if logging:
                 record = to_floats(record, world, device)
                 stop_at(first_bad, config)
@@ -121,7 +131,7 @@ def fit(method, dataset, config, rows=None, weights=None, groups=None):
                 return
 
 
-def parts_of(batch, accum, world):
+def count_parts(batch, accum, world):
     """How many parts a batch is cut into: micro-batches times processes."""
     parts = accum * world
     if batch % parts:
@@ -152,21 +162,15 @@ def set_rates(optimizer, config, step):
     return lr
 
 
-def processes(device):
+def processes(name):
     """Rank, number of processes and device; joins the group when torchrun started us."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, number = device.partition(":")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: this torch sees no GPU")
-    if kind == "cuda" and number.isdecimal() and int(number) >= torch.cuda.device_count():
-        raise UserError(f"--device {device}: the last GPU is cuda:{torch.cuda.device_count() - 1}")
-    if kind == "mps" and not torch.backends.mps.is_available():
-        raise UserError(f"--device {device}: this torch cannot use Apple's GPU")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device)
-    except RuntimeError:
-        raise UserError(f"--device {device}: there is no such device; cpu, cuda, cuda:1, ..., mps") from None
+        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():

@@ -56,6 +56,10 @@ class Monitor:
         votes = features.knn(known, self.dataset.labels[self.train], asked)
         return float(metrics.balanced_accuracy(self.dataset.labels[self.val], votes.argmax(1)))
 
+    def harmed(self):
+        """Whether the features tell less of validation images than those of the untrained network did."""
+        return bool(self.start) and self.latest.get("knn", 1) < max(self.start.values())
+
     def chance(self):
         """What guessing would score."""
         return 1 / len(np.unique(self.dataset.labels[self.val]))
