@@ -301,14 +301,14 @@ def decoder_for(fit, network):
     """A U-Net decoder; with --transfer encoder+decoder it starts with the weights of the run's own, but for the last
     layer."""
     folder = None if fit.model.random else fit.model.file.parent
-    fresh = unet.Decoder(network.widths, network.strides, fit.classes)
+    fresh = unet.Decoder(network.widths, network.strides, fit.classes, zero_start=False)
     if fit.study.settings.transfer == "encoder" or not folder:
         return fresh
     checkpoint = folder / "checkpoint.pt"
     state = files.load_torch(checkpoint)["method"] if checkpoint.is_file() else {}
     state = {key.removeprefix("decoder."): value for key, value in state.items()
              if key.startswith("decoder.") and not key.startswith("decoder.out.")}
-    for decoder in (fresh, unet.Decoder(network.widths, network.strides, fit.classes, skips=False)):
+    for decoder in (fresh, unet.Decoder(network.widths, network.strides, fit.classes, False, zero_start=False)):
         own = {key: value.shape for key, value in decoder.state_dict().items() if not key.startswith("out.")}
         if own == {key: value.shape for key, value in state.items()}:
             decoder.load_state_dict(state, strict=False)
