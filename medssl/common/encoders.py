@@ -179,7 +179,7 @@ def load(source, encoder, note=lambda line: None):
             hint = "try --encoder {} --stem {} --channels {}".format(*kind_of(flat), state["conv1.weight"].shape[1])
         except UserError:
             hint = "it fits no other encoder here"
-        raise UserError(f"{name}: does not fit this encoder: {in_words(faults)}; {hint}")
+        raise UserError(f"{name}: does not fit this encoder: {faults[0]} ({len(faults)} faults); {hint}")
     if len(flat) > len(state):
         note(f"taken: {len(state)} tensors under {prefix or 'no prefix'}; left out: {len(flat) - len(state)} others")
     encoder.load_state_dict(state, strict=False)                            # all keys and shapes were compared
@@ -194,12 +194,8 @@ def kind_of(state):
             faults = read(flat, build(name, stem=stem))[0]
         if not faults:
             return name, stem
-        refused.append((len(faults), f"as {name} with stem {stem}: {in_words(faults)}"))
+        refused.append((len(faults), f"as {name} with stem {stem}: {faults[0]} ({len(faults)} faults)"))
     raise UserError(f"these weights are of none of {', '.join(ENCODERS)}; {min(refused)[1]}")
-
-
-def in_words(faults):
-    return faults[0] + f", and {len(faults) - 1} more faults" * (len(faults) > 1)
 
 
 def flatten(content, prefix="", depth=5):
@@ -219,36 +215,29 @@ NOT_TAKEN = re.compile(r"(^|[._])(k|key|momentum|target|ema|student)[._]")
 def read(flat, encoder):
     """(faults, prefix, state dict): the encoder's tensors, which stand in the file under one prefix. A prefix with all
     of them has no faults; where there is none, the best one tells what is wrong."""
-    own = encoder.state_dict()
-    number = {child: str(i) for i, (child, _) in enumerate(encoder.named_children())}
-    numbered = {key: ".".join([number.get(top, top), *rest]) for key in own for top, *rest in [key.split(".")]}
-    readings = []
-    for names in (dict(zip(own, own, strict=True)), numbered):              # numbered: Sequential(*network.children())
-        first = names["conv1.weight"]
-        for prefix in [key.removesuffix(first) for key in flat if f".{key}".endswith(f".{first}")]:
-            there = {key: prefix + name for key, name in names.items()}
-            state = {key: flat[name] for key, name in there.items() if name in flat}
-            state["conv1.weight"] = match_channels(state["conv1.weight"], own["conv1.weight"].shape[1])
-            readings.append((find_faults(flat, prefix, there, state, own), prefix, state))
+    own, readings = encoder.state_dict(), []
+    for prefix in [key.removesuffix("conv1.weight") for key in flat if f".{key}".endswith(".conv1.weight")]:
+        state = {key: flat[prefix + key] for key in own if prefix + key in flat}
+        state["conv1.weight"] = match_channels(state["conv1.weight"], own["conv1.weight"].shape[1])
+        readings.append((find_faults(flat, prefix, state, own), prefix, state))
     if not readings:
         return [f"no conv1.weight, but {', '.join(list(flat)[:3]) or 'no tensor at all'}"], "", {}
     return min(readings, key=lambda each: (bool(each[0]), -len(each[2]), bool(NOT_TAKEN.search(each[1])), len(each[1])))
 
 
-def find_faults(flat, prefix, there, state, own):
+def find_faults(flat, prefix, state, own):
     """Missing, unexpected and misshapen tensors, each in words. A head or a stage that the encoder lacks is neither."""
-    parts = {name.removeprefix(prefix).split(".")[0] for name in there.values()}
-    inside = [name for name in flat if name.startswith(prefix) and name.removeprefix(prefix).split(".")[0] in parts]
-    return ([f"{there[key]} is missing" for key in own if key not in state and not key.endswith("_tracked")]
-            + [f"{name} is unexpected" for name in inside if name not in there.values()]
-            + [f"{there[key]} is {list(value.shape)}, here {list(own[key].shape)}" for key, value in state.items()
+    parts = {key.split(".")[0] for key in own}
+    inside = [key.removeprefix(prefix) for key in flat if key.startswith(prefix)]
+    return ([f"{prefix}{key} is missing" for key in own if key not in state and not key.endswith("num_batches_tracked")]
+            + [f"{prefix}{key} is unexpected" for key in inside if key.split(".")[0] in parts and key not in own]
+            + [f"{prefix}{key} is {list(value.shape)}, here {list(own[key].shape)}" for key, value in state.items()
                if value.shape != own[key].shape])
 
 
 def match_channels(weight, channels):
-    """First-layer weights (O, C, k, k) for so many channels: summed to one, or one spread over several."""
-    if weight.ndim == 4 and channels == 1:
-        return weight.sum(1, keepdim=True)                                  # what a gray image repeated C times gives
-    if weight.ndim == 4 and weight.shape[1] == 1:
-        return weight.repeat(1, channels, 1, 1) / channels
+    """First-layer weights (O, C, k, k) for so many channels. Summed to one: what a gray image repeated C times gives;
+    or one spread over several."""
+    if weight.ndim == 4 and 1 in (channels, weight.shape[1]):
+        weight = weight.sum(1, keepdim=True).repeat(1, channels, 1, 1) / channels           # (O, channels, k, k)
     return weight
