@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from medssl import byol, moco, together
-from medssl.common import encoders, files
+from medssl.common import encoders, files, unet
 from medssl.common.errors import UserError
 from tests.common import Flip, golden, tiny_encoder
 
@@ -222,6 +222,39 @@ def test_what_a_file_leaves_open_is_said(tmp_path):
     assert notes[1] == f"taken: {len(short.state_dict())} tensors under no prefix; left out: {lost} others"
     encoders.load(short.state_dict(), short, notes.append)
     assert len(notes) == 2                                                  # all was taken: nothing to say
+
+
+@pytest.mark.parametrize("skips", [True, False])
+def test_the_decoder_against_a_plain_reading(skips):
+    """Each stage: every pixel becomes a square of two by two, the skip beside it, two convolutions."""
+    torch.manual_seed(0)
+    decoder = unet.Decoder([8, 16], [2, 4], 2, skips, zero_start=False).double().eval()
+    fine, coarse = torch.randn(2, 8, 6, 6).double(), torch.randn(2, 16, 3, 3).double()
+    x, stages = coarse, [*decoder.stages, *decoder.last]
+    for stage, skip in zip(stages, [fine, None], strict=True):
+        x = x.repeat_interleave(2, 2).repeat_interleave(2, 3)               # nearest
+        x = stage.convs(torch.cat([x, skip], 1) if skips and skip is not None else x)
+    assert torch.allclose(decoder([fine, coarse]), torch.einsum("oc,bchw->bohw", decoder.out.weight[..., 0, 0], x)
+                          + decoder.out.bias.view(1, -1, 1, 1))
+    assert [len(list(stage.convs)) for stage in stages] == [6, 6]
+
+
+def test_a_decoder_starts_at_nought_and_leaves_it():
+    """Other weights are as without zero_start, and the random numbers drawn after it too."""
+    maps, made = [torch.rand(2, 8, 6, 6), torch.rand(2, 16, 3, 3)], {}
+    for zero_start in (True, False):
+        torch.manual_seed(0)
+        made[zero_start] = unet.Decoder([8, 16], [2, 4], 1, zero_start=zero_start), torch.rand(3)
+    (zero, after), (drawn, after_drawn) = made[True], made[False]
+    assert torch.equal(after, after_drawn) and zero(maps).abs().max() == 0 and drawn(maps).abs().max() > 0.01
+    assert all(torch.equal(value, drawn.state_dict()[key]) for key, value in zero.state_dict().items()
+               if key.endswith("convs.0.weight") or key.endswith("convs.3.weight"))
+    optimizer = torch.optim.SGD(zero.parameters(), 0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (zero(maps) - 1).square().mean().backward()
+        optimizer.step()
+    assert all(p.grad.abs().max() > 0 for p in zero.parameters())           # from the second step on
 
 
 def test_a_resnet_without_its_last_stage():
