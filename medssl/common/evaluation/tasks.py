@@ -337,8 +337,7 @@ class Task:
 CLASSES = (*scores.CLASS_SCORES, *(name + scores.PATIENT for name in scores.BY_PATIENT))
 MASKS = (*scores.MASK_SCORES, *(name + scores.SLICE for name in scores.MASK_SCORES))
 SPEED = {"epochs_to_95": "epochs to 95 %", "epochs_to_95_of_random": "to 95 % of random"}
-DIRECTIONS = {"rank_me": "RankMe", "alpha_req": "alpha-ReQ", "participation_ratio": "participation",
-              "mean_correlation": "correlation", "spread": "spread"}
+DIRECTIONS = {"rank_me": "RankMe", "alpha_req": "alpha-ReQ", "spread": "spread"}
 DROPS = ("drop", "balanced_accuracy", *(f"drop, {name}" for name in robustness.CHANGES))
 WORDS = scores.WORDS | SPEED | DIRECTIONS | {"drop": "mean drop"}           # the heads of columns
 
