@@ -195,7 +195,7 @@ def kind_of(state):
         if not faults:
             return name, stem
         refused.append((len(faults), f"as {name} with stem {stem}: {faults[0]} ({len(faults)} faults)"))
-    raise UserError(f"these weights are of none of {', '.join(ENCODERS)}; {min(refused)[1]}")
+    raise UserError(f"its keys and shapes are those of none of {', '.join(ENCODERS)}; {min(refused)[1]}")
 
 
 def flatten(content, prefix="", depth=5):

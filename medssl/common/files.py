@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import time
 import zipfile
@@ -95,8 +96,10 @@ def load_torch(path):
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                                              # of damaged bytes it may raise anything
         if "Unsupported" in str(error):                                     # torch's word for an object of a class
-            raise UserError(f"{path}: holds objects beside its tensors, and to open them can run any command; if you "
-                            f"trust it, keep its tensors alone: {STRIP.format(shlex.quote(str(path)))}") from None
+            what = re.search(r"GLOBAL ([\w.]+)|$", str(error))[1] or "an object"
+            raise UserError(f"{path}: refused, it holds {what} beside its tensors, and to open that can run any "
+                            "command; if you trust the file, keep its tensors alone: "
+                            + STRIP.format(shlex.quote(str(path)))) from None
         raise UserError(f"{path}: refused, it is damaged or holds more than tensors and plain values "
                         f"({type(error).__name__})") from None
     if not isinstance(content, dict):
