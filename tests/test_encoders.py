@@ -94,8 +94,6 @@ def test_standardises_inside():
     x = torch.rand(2, 2, 64, 64)
     by_hand = (x - torch.tensor([0.2, 0.5]).view(1, 2, 1, 1)) / torch.tensor([0.1, 0.3]).view(1, 2, 1, 1)
     assert torch.allclose(scaled(x), plain(by_hand), atol=1e-6)
-    with pytest.raises(ValueError, match="one a channel"):
-        encoders.ResNet(encoders.BasicBlock, (1, 1, 1, 1), 8, 2, mean=(0.2,))
 
 
 def under(prefix, state):
@@ -122,9 +120,9 @@ FOREIGN = {
     "SparK": lambda own, slow: {"module": under("sparse_encoder.sp_cnn.", own) | under("dense_decoder.dec.", HEAD)},
     "DINO": lambda own, slow: {"student": under("module.backbone.", slow), "teacher": under("backbone.", own)
                                | under("head.mlp.", HEAD)},
-    "model_state_dict": lambda own, slow: {"model_state_dict": under("net.", own)},
+    "wrapped": lambda own, slow: {"model": under("module._orig_mod.", own)},
     "method": lambda own, slow: {"model": under("method.encoder.", own) | under("method.ema.", slow)},
-    "segmentation": lambda own, slow: under("encoder.", own) | under("decoder.blocks.", HEAD) | under("head.", HEAD),
+    "segmentation": lambda own, slow: under("encoder.", own) | under("decoder.blocks.", HEAD),
     "twice the same": lambda own, slow: under("encoder.", own) | under("parts.simclr.encoder.", own),
 }
 
@@ -146,14 +144,11 @@ def test_loads_a_checkpoint_of_our_own(name, tmp_path):
     parts = {"moco": moco.MoCo(encoder, Flip(), queue_size=8), "byol": byol.BYOL(encoder, Flip())}
     method = parts[name] if name in parts else together.Together(encoder, None, parts)
     for key, value in method.named_parameters():
-        if "key_" in key or "target_" in key:
-            value.data += 1                                                 # the copy has moved away
-    adam = {"state": {i: {"exp_avg": p.data} for i, p in enumerate(method.parameters())}, "param_groups": [{"lr": 1.0}]}
-    torch.save({"step": 1, "config": {"lr": 1.0}, "method": method.state_dict(), "optimizer": adam},
-               tmp_path / "checkpoint.pt")
-    matched, total = encoders.load(tmp_path / "checkpoint.pt", target, notes.append)
-    assert matched == total and torch.equal(target.conv1.weight, encoder.conv1.weight)
-    assert "under method.encoder.; left out: " in notes[-1]
+        value.data += "key_" in key or "target_" in key                     # the copy has moved away
+    adam = {"state": {i: {"exp_avg": p.data} for i, p in enumerate(method.parameters())}}
+    torch.save({"step": 1, "method": method.state_dict(), "optimizer": adam}, tmp_path / "checkpoint.pt")
+    encoders.load(tmp_path / "checkpoint.pt", target, notes.append)
+    assert torch.allclose(target.conv1.weight, encoder.conv1.weight) and "under method.encoder.;" in notes[-1]
 
 
 def deeper():
@@ -264,24 +259,15 @@ def test_a_resnet_without_its_last_stage():
     assert {key.split(".")[0] for key in encoder.state_dict()} == {"conv1", "bn1", "layer1", "layer2", "layer3"}
 
 
-def test_loads_what_others_saved(tmp_path):
-    source, target = tiny_encoder(3), tiny_encoder(3)
-    wrapped = under("module._orig_mod.", source.state_dict() | {"fc.weight": torch.zeros(2, 64)})
-    torch.save({"state_dict": wrapped}, tmp_path / "wrapped.pth")
-    assert encoders.load(tmp_path / "wrapped.pth", target) == (len(source.state_dict()),) * 2
-    x = torch.rand(2, 3, 64, 64)
-    assert torch.allclose(source.eval()(x), target.eval()(x), atol=1e-6)
-
-    gray = tiny_encoder(1)
-    encoders.load(source.state_dict(), gray)
-    one = torch.rand(2, 1, 64, 64)
-    assert torch.allclose(gray.eval()(one), source(one.expand(-1, 3, -1, -1)), atol=1e-5)
-    back = tiny_encoder(3)
+def test_loads_other_numbers_of_channels():
+    """Colour to gray: as if the gray image were repeated. Gray to colour: as if the colours were averaged."""
+    colour, gray, back = tiny_encoder(3).eval(), tiny_encoder(1).eval(), tiny_encoder(3).eval()
+    encoders.load(colour.state_dict(), gray)
     encoders.load(gray.state_dict(), back)
-    assert torch.allclose(back.eval()(one.expand(-1, 3, -1, -1)), gray(one), atol=1e-5)
-
-    encoders.save(source, tmp_path / "encoder.pt")
-    assert torch.load(tmp_path / "encoder.pt", weights_only=True).keys() == source.state_dict().keys()
+    one = torch.rand(2, 1, 64, 64)
+    repeated = one.expand(-1, 3, -1, -1)
+    assert torch.allclose(gray(one), colour(repeated), atol=1e-5)
+    assert torch.allclose(gray(one), back(repeated), atol=1e-5)
 
 
 def test_nothing_is_unpickled(tmp_path):
@@ -318,31 +304,15 @@ def test_files_are_whole_or_absent(tmp_path):
     assert (tmp_path / "a.txt").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_whatever_a_damaged_file_raises_becomes_a_line(tmp_path):
-    """torch's unpickler trusts that what it reads is well formed."""
-    torch.save({"a": torch.zeros(2), "b": {"c": 1}}, tmp_path / "a.pt")
-    whole, raised = (tmp_path / "a.pt").read_bytes(), set()
-    start = whole.index(b"PK") + 60
-    for at in range(start, start + 160, 2):
-        (tmp_path / "a.pt").write_bytes(whole[:at] + bytes([whole[at] ^ 3]) + whole[at + 1:])
-        with contextlib.suppress(UserError):
-            files.load_torch(tmp_path / "a.pt")
-        try:
-            torch.load(tmp_path / "a.pt", weights_only=True)
-        except Exception as error:
-            raised.add(type(error).__name__)
-    assert raised >= {"UnpicklingError", "RuntimeError"} and len(raised) > 3
-
-
-def test_a_flipped_bit_among_the_weights_is_found(tmp_path):
-    """torch does not look at the checksums that it writes, and would take other weights."""
-    torch.save({"a": torch.full((64,), 3.0)}, tmp_path / "a.pt")
+def test_a_damaged_file_becomes_a_line(tmp_path):
+    """torch's unpickler trusts what it reads, and torch does not look at the checksums that it writes."""
+    torch.save({"a": torch.full((64,), 3.0), "b": {"c": 1}}, tmp_path / "a.pt")
     whole = (tmp_path / "a.pt").read_bytes()
-    at = whole.index(torch.full((64,), 3.0).numpy().tobytes()) + 101
-    (tmp_path / "a.pt").write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1:])
-    assert not torch.equal(torch.load(tmp_path / "a.pt", weights_only=True)["a"], torch.full((64,), 3.0))
-    with pytest.raises(UserError, match="damaged"):
-        files.load_torch(tmp_path / "a.pt")
+    start, weights = whole.index(b"PK") + 60, whole.index(torch.full((64,), 3.0).numpy().tobytes()) + 101
+    for at in (*range(start, start + 160, 4), weights):
+        (tmp_path / "a.pt").write_bytes(whole[:at] + bytes([whole[at] ^ 3]) + whole[at + 1:])
+        with pytest.raises(UserError, match=r"a\.pt: refused") if at == weights else contextlib.suppress(UserError):
+            files.load_torch(tmp_path / "a.pt")
 
 
 def test_first_weights_are_scaled_to_their_fan():

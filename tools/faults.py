@@ -351,6 +351,10 @@ FAULTS = {                                                                  # fi
         ("a crop that does not fit clamped", "torch.where(found, side.gather(1, first).squeeze(1), whole)",
          "side.gather(1, first).squeeze(1).clamp(max=1)", "augment -k crops_that"),
         ("a dark border", 'padding_mode="border", align', 'padding_mode="zeros", align', "augment -k fades"),
+        ("a jitter of fundus photographs on all of them", '"contrast": 0.2, "jitter": 0.75}', '"contrast": 0.2}',
+         "augment -k fundus"),
+        ("a jitter of fundus photographs twice as strong", '"ratio": (0.8, 1.2),\n        "brightness": 0.2',
+         '"ratio": (0.8, 1.2),\n        "brightness": 0.4', "augment -k fundus"),
         ("blur of the wrong axis", "weights(x.shape[2]) @ x @", "x @ weights(x.shape[3]) @", "augment -k blur"),
     ],
     "medssl/common/unet.py": [
