@@ -255,9 +255,7 @@ def export(study, path):
         written.append(str(path.with_name(f"{path.stem}-rgb{path.suffix}")))
         encoders.save(network, written[-1])
     print(f"exported {' and '.join(written)}; they want standardised images, (x - mean) / std of the .json, and are "
-          "opened")
-    for library, code in encoders.opened_by(network, written[-1]).items():
-        print(f"  by {library}: {code}")
+          "opened by torchvision, timm and monai as docs/copying.md says")
     kind = f"{network.name!r}, {network.conv1.weight.shape[1]}, {network.stem!r}"
     print(f"  here: net = medssl.common.encoders.build({kind}); net.load_state_dict(torch.load({written[-1]!r}))")
 

@@ -12,10 +12,6 @@ from medssl.common import augment
 from tests.common import batch
 
 
-def identity(count=1):
-    return torch.eye(2, 3).repeat(count, 1, 1)
-
-
 @pytest.mark.parametrize("name", augment.VIEWS)
 @pytest.mark.parametrize("channels", [1, 2, 3])
 def test_every_recipe(name, channels):
@@ -28,11 +24,11 @@ def test_every_recipe(name, channels):
     if name not in ("plain", "S0"):
         torch.manual_seed(1)
         many = recipe(picture[:1].expand(30, -1, -1, -1))
-        assert (many != many[:1]).flatten(1).any(1).any()                   # equal images come out different
+        assert (many - many[:1]).abs().max() > 1e-3                         # equal images come out different
     torch.manual_seed(5)
     again = recipe(picture)
     torch.manual_seed(5)
-    assert torch.equal(again, recipe(picture, geometry=True)[0])
+    assert torch.allclose(again, recipe(picture, geometry=True)[0], atol=1e-6)
 
 
 def agreement(recipe, channels=1, size=64):
@@ -146,7 +142,7 @@ def test_crops_that_do_not_fit(crop, height, width, fallback):
 def test_a_crop_now_and_then():
     torch.manual_seed(0)
     _, theta = augment.Augment(8, crop=(0.2, 0.6), crop_p=0.3)(torch.zeros(3000, 1, 8, 8), geometry=True)
-    whole = (theta == identity(3000)).all((1, 2))
+    whole = ((theta - torch.eye(2, 3)).abs() < 1e-6).all(2).all(1)
     assert abs(whole.float().mean() - 0.7) < 0.03 and theta[~whole][:, 0, 0].max() < 0.9
 
 
@@ -253,19 +249,17 @@ def test_solarise_noise_gamma():
     assert torch.allclose(bent, x ** 2)
 
 
-def test_fundus_crops_may_not_be_larger_than_the_image():
-    """The area drawn is 0.8 to 1.2 of the image's; what does not fit is drawn again, so that nothing is zoomed out."""
+@pytest.mark.parametrize("name,least,jittered,strength", [("fundus", 0.8, 1.0, 0.4), ("fundus_mild", 0.85, 0.75, 0.2)])
+def test_views_of_fundus_photographs(name, least, jittered, strength):
+    """The area drawn is up to 1.2 of the image's; what does not fit is drawn again, so that nothing is zoomed out."""
     torch.manual_seed(0)
-    theta = augment.build("fundus", 8, shift=0.0)(torch.zeros(2000, 1, 8, 8), geometry=True)[1]
+    recipe = augment.build(name, 8, shift=0.0, rotation=0.0)
+    views, theta = recipe(torch.full((2000, 3, 8, 8), 0.5), geometry=True)
     area = torch.linalg.det(theta[:, :, :2]).abs()
-    assert 0.8 - 1e-4 <= area.min() and area.max() <= 1 + 1e-4 and area.std() > 0.05
-
-
-def test_probabilities():
-    torch.manual_seed(0)
-    x = batch(1, 1, 16).expand(3000, -1, -1, -1)
-    share = (augment.Augment(16, flip=0.3)(x) - x).abs().amax((1, 2, 3)).gt(1e-3).float().mean()
-    assert abs(share - 0.3) < 0.03
+    assert least - 1e-4 <= area.min() and area.max() <= 1 + 1e-4 and area.std() > 0.04
+    factor = augment.luminance(views).amax((1, 2, 3)) / 0.5
+    assert abs(((factor - 1).abs() > 1e-4).float().mean() - jittered) < 0.05
+    assert abs(factor.min() - (1 - strength)) < 0.02 and abs(factor.max() - (1 + strength)) < 0.02
 
 
 def test_zoom_shift_and_rotation_have_their_ranges():
@@ -274,25 +268,26 @@ def test_zoom_shift_and_rotation_have_their_ranges():
     zoomed = augment.Augment(8, zoom=(2.0, 2.0))(nothing, geometry=True)[1]
     assert torch.allclose(zoomed, torch.tensor([[0.5, 0, 0], [0, 0.5, 0]]).expand(2000, 2, 3))      # half of the image
     zoomed = augment.Augment(8, zoom=(2.0, 2.0), zoom_p=0.4)(nothing, geometry=True)[1]
-    assert abs((zoomed[:, 0, 0] == 0.5).float().mean() - 0.4) < 0.06
+    assert abs((zoomed[:, 0, 0] < 0.75).float().mean() - 0.4) < 0.06
     moved = augment.Augment(8, shift=0.2)(nothing, geometry=True)[1][:, :, 2]                       # sides of length 2
     assert -0.4 <= moved.min() < -0.39 and 0.39 < moved.max() <= 0.4
     turned = augment.Augment(8, rotation=30, rotation_p=0.4)(nothing, geometry=True)[1]
     angle = torch.atan2(turned[:, 1, 0], turned[:, 0, 0]).rad2deg()
-    assert -30.01 < angle.min() < -29 and 29 < angle.max() < 30.01 and abs((angle != 0).float().mean() - 0.4) < 0.06
+    assert -30.01 < angle.min() < -29 and 29 < angle.max() < 30.01
+    assert abs((angle.abs() > 1e-3).float().mean() - 0.4) < 0.06
 
 
-def test_crops_of_oblong_images_keep_the_ratio_in_pixels():
-    _, theta = augment.Augment(8, crop=(0.2, 0.4), ratio=(1.0, 1.0))(torch.zeros(50, 1, 16, 32), geometry=True)
-    assert torch.allclose(theta[:, 0, 0] * 32, theta[:, 1, 1] * 16)
-    _, theta = augment.Augment(8, crop=(0.1, 0.2), ratio=(2.0, 2.0))(torch.zeros(50, 1, 16, 16), geometry=True)
-    assert torch.allclose(theta[:, 0, 0], 2 * theta[:, 1, 1])               # width : height
+@pytest.mark.parametrize("height,width,ratio", [(16, 32, 1.0), (16, 16, 2.0), (30, 20, 0.5)])
+def test_crops_of_oblong_images_keep_the_ratio_in_pixels(height, width, ratio):
+    recipe = augment.Augment(8, crop=(0.1, 0.2), ratio=(ratio, ratio))
+    _, theta = recipe(torch.zeros(50, 1, height, width), geometry=True)
+    assert torch.allclose(theta[:, 0, 0] * width, ratio * theta[:, 1, 1] * height)                  # width : height
 
 
 @pytest.mark.parametrize("words", [
-    {"brightness": 0.5, "jitter": 0.3}, {"grayscale": 0.3}, {"blur": (9.0, 9.0), "blur_p": 0.3}, {"solarise": 0.3},
-    {"noise": (0.1, 0.1), "noise_p": 0.3}], ids=lambda words: [*words][0])
-def test_intensities_change_their_share_of_the_images(words):
+    {"flip": 0.3}, {"flip_vertical": 0.3}, {"brightness": 0.5, "jitter": 0.3}, {"grayscale": 0.3}, {"solarise": 0.3},
+    {"blur": (9.0, 9.0), "blur_p": 0.3}, {"noise": (0.1, 0.1), "noise_p": 0.3}], ids=lambda words: [*words][0])
+def test_probabilities_are_shares_of_the_images(words):
     torch.manual_seed(0)
     x = batch(1, 3, 16).expand(1000, -1, -1, -1)
     share = (augment.Augment(16, **words)(x) - x).abs().amax((1, 2, 3)).gt(1e-4).float().mean()
@@ -316,7 +311,7 @@ def test_gamma_noise_and_hue_are_drawn_for_each_image_in_their_ranges():
     assert len(bent.unique()) > 900 and abs(bent.log().mean()) < 0.05
     assert 0.5 <= bent.min() + 1e-5 < 0.52 and 1.95 < bent.max() <= 2 + 1e-5
     noisy = augment.Augment(8, noise=(0.05, 0.05), noise_p=1.0)(torch.full((9, 1, 8, 8), 0.5))
-    assert not torch.equal(noisy[0], noisy[1])
+    assert (noisy[0] - noisy[1]).abs().max() > 0.01
     red = torch.tensor([0.9, 0.1, 0.1]).view(1, 3, 1, 1).expand(1000, 3, 8, 8)
     turned = augment.Augment(8, hue=0.1)(red)[:, :, 0, 0].tolist()
     hues = [(colorsys.rgb_to_hsv(*pixel)[0] + 0.5) % 1 - 0.5 for pixel in turned]

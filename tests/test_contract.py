@@ -41,7 +41,7 @@ def make_on(name, encoder, channels, size, views=None):
     if "small" in words:
         filled["small"] = augment.build("contrastive", 32)
     if "decoder" in words:
-        filled["decoder"] = unet.Decoder(encoder.widths, encoder.strides, channels)
+        filled["decoder"] = unet.Decoder(encoder.widths, encoder.strides, channels, zero_start=False)
     return METHODS[name](encoder, views, **filled)
 
 

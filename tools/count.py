@@ -1,7 +1,7 @@
 """Lines of code by room, without blank lines, comments and docstrings: `python tools/count.py`.
 
-Also what the house rules bound: functions over 50 lines, more than 6 parameters, files over 400 lines, and the arrows
-between files: how many, the longest chain, and circles, of which there must be none.
+Also what the house rules bound: functions over 50 lines (but for the loop's `fit`), and the arrows between files: how
+many, the longest chain, and circles, of which there must be none: with one the exit status is 1.
 """
 
 import ast
@@ -12,8 +12,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 ROOMS = {"methods": "medssl/*.py", "common": "medssl/common/*.py", "data": "medssl/common/data/*.py",
-         "evaluation": "medssl/common/evaluation/*.py",
-         "scripts": "*.py", "tests": "tests/*.py", "beside": "tools/*.py"}
+         "evaluation": "medssl/common/evaluation/*.py", "scripts": "*.py",
+         "docs": "docs/**/*.py", "experiments": "experiments/**/*.py", "tools": "tools/*.py", "tests": "tests/*.py"}
+HOUSE = "common", "data", "evaluation", "scripts"                           # what stands beside the methods
 
 
 def code_lines(text):
@@ -29,16 +30,13 @@ def code_lines(text):
     return len(lines)
 
 
-def too_large(path, tree):
-    """Functions over 50 lines or 6 parameters; constructors may have as many as they need."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef):
+def too_long(path, text):
+    """Functions over 50 lines; the training loop is one piece on purpose."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef) and (path.name, node.name) != ("loop.py", "fit"):
             length = node.end_lineno - node.lineno + 1
-            words = [a.arg for a in node.args.posonlyargs + node.args.args + node.args.kwonlyargs if a.arg != "self"]
             if length > 50:
                 yield f"{path}: {node.name} has {length} lines"
-            if len(words) > 6 and node.name != "__init__":
-                yield f"{path}: {node.name} has {len(words)} parameters"
 
 
 def imported(path, tree, modules):
@@ -82,24 +80,20 @@ def chains(graph):
 
 
 def main():
-    rooms, complaints = {}, []
+    lines, complaints = {}, []
     for room, pattern in ROOMS.items():
-        files = sorted(ROOT.glob(pattern))
-        rooms[room] = sum(code_lines(f.read_text()) for f in files)
-        print(f"{room:12} {len(files):3} files {rooms[room]:6} lines of code")
-        for f in files if room not in ("tests", "beside") else []:
-            name, text = f.relative_to(ROOT), f.read_text()
-            complaints += too_large(name, ast.parse(text))
-            complaints += [f"{name}: {text.count(chr(10))} lines"] if text.count("\n") > 400 else []
-    house = sum(rooms[room] for room in ("common", "data", "evaluation", "scripts"))
-    print(f"common with its wings, and the scripts: {house}")
+        texts = {f.relative_to(ROOT): f.read_text() for f in sorted(ROOT.glob(pattern))}
+        lines[room] = sum(map(code_lines, texts.values()))
+        print(f"{room:12} {len(texts):3} files {lines[room]:6} lines of code")
+        complaints += [each for name, text in texts.items() if room != "tests" for each in too_long(name, text)]
+    print(f"methods {lines['methods']}, beside the methods ({', '.join(HOUSE)}) {sum(lines[room] for room in HOUSE)}, "
+          f"tests {lines['tests']}")
     graph = arrows()
     chain, circles = chains(graph)
     print(f"{len(graph)} files, {sum(map(len, graph.values()))} arrows, longest chain {len(chain)}: "
           + " > ".join(str(f.relative_to(ROOT)) for f in chain))
+    complaints += ["circle: " + " > ".join(str(f.relative_to(ROOT)) for f in circle) for circle in circles]
     print("\n".join(complaints))
-    for circle in circles:
-        print("circle: " + " > ".join(str(f.relative_to(ROOT)) for f in circle))
     return bool(circles)
 
 

@@ -7,13 +7,12 @@ place has to know them.
 
 A file of weights tells less than one thinks: the stem "nopool" has the keys and shapes of "default", and what other
 libraries save holds wrappers' prefixes, slow copies and heads. `save` writes the kind of network beside the weights,
-`load` finds the network in what others saved and says what it took, `opened_by` says how to open ours elsewhere.
+`load` finds the network in what others saved and says what it took. docs/copying.md says how others open ours.
 """
 
-import functools
+import itertools
 import json
 import re
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -134,13 +133,6 @@ def build(name, channels=1, stem="default", mean=None, std=None):
     return encoder
 
 
-@functools.cache
-def blank(block, depths, width, stem):
-    """A network without numbers: its keys and shapes."""
-    with torch.device("meta"):
-        return ResNet(block, depths, width, 1, stem)
-
-
 def exported(method):
     """The encoder that is kept of a method: the one that it names, else the one that is trained."""
     return getattr(method, "exported", method.encoder)
@@ -159,99 +151,51 @@ def save(encoder, path):
 
 
 def about(path):
-    """What is written beside a file of weights, or in the config.json of an older run: name, stem, channels, size,
-    mean, std, as far as they are known."""
-    path, known = Path(path), {}
-    of_a_run = re.fullmatch(r"(encoder(-\d+)?|checkpoint)\.pt", path.name)
-    for file in [path.parent / "config.json"] * bool(of_a_run) + [path.with_suffix(".json")]:
-        if file.is_file():
-            try:
-                content = json.loads(file.read_text())
-                known |= content.get("encoder", {}) if file.name == "config.json" else content
-            except (OSError, ValueError, TypeError, AttributeError):
-                raise UserError(f"{file}: damaged; put it right or remove it") from None
-    return known
+    """What stands beside a file of weights (.json): name, stem, channels, size, mean, std, as far as they are known."""
+    path = Path(path)
+    file = path.with_name("encoder.json") if path.name == "checkpoint.pt" else path.with_suffix(".json")
+    try:
+        return dict(json.loads(file.read_text())) if file.is_file() else {}
+    except (OSError, ValueError, TypeError):
+        raise UserError(f"{file}: damaged; put it right or remove it") from None
 
 
 def load(source, encoder, note=lambda line: None):
     """Load an encoder.pt, a run's folder or checkpoint.pt, or a state dict that another library saved; strict. Returns
     (matched, in the encoder). `note` is called with each line that the user should read: what was left out, a doubt
     about the stem."""
-    known, stem = {}, getattr(encoder, "stem", None)
+    name, stem = "the state dict", getattr(encoder, "stem", None)
     if not isinstance(source, dict):
-        source = weights_file(source)
-        known = about(source)
-        if stem and known.get("stem", stem) != stem:
-            made = known["stem"]
-            raise UserError(f"{source}: was made with stem {made}, this encoder has stem {stem}: choose --stem {made}")
-    state, prefix, rest = choose(source, encoder, known)
-    if not isinstance(source, dict) and "stem" not in known and stem in ("default", "nopool"):
-        note(f"{source} does not say its stem, and default and nopool have the same keys: {stem} is assumed")
-    if prefix or rest:
-        besides = ", ".join(f"{name} ({count})" for name, count in rest.items()) or "nothing"
-        note(f"taken: the tensors under {prefix or 'no prefix'}; left out: {besides}")
-    own = encoder.state_dict()
-    encoder.load_state_dict(state, strict=False)                            # all keys were compared
-    return len(own.keys() & state.keys()), len(own)
+        name = Path(source) / "encoder.pt" if Path(source).is_dir() else Path(source)
+        source, made = files.load_torch(name), about(name).get("stem")
+        if made and stem and made != stem:
+            raise UserError(f"{name}: was made with stem {made}, this encoder has stem {stem}: choose --stem {made}")
+        if not made and stem in ("default", "nopool"):
+            note(f"{name} does not say its stem, and default and nopool have the same keys: {stem} is assumed")
+    flat = dict(flatten(source))
+    faults, prefix, state = read(flat, encoder)
+    if faults:
+        try:
+            hint = "try --encoder {} --stem {} --channels {}".format(*kind_of(flat), state["conv1.weight"].shape[1])
+        except UserError:
+            hint = "it fits no other encoder here"
+        raise UserError(f"{name}: does not fit this encoder: {faults[0]} ({len(faults)} faults); {hint}")
+    if len(flat) > len(state):
+        note(f"taken: {len(state)} tensors under {prefix or 'no prefix'}; left out: {len(flat) - len(state)} others")
+    encoder.load_state_dict(state, strict=False)                            # all keys and shapes were compared
+    return len(state), len(encoder.state_dict())
 
 
-def weights_file(path):
-    path = Path(path)
-    return path / "encoder.pt" if path.is_dir() else path
-
-
-def left_out(source, encoder):
-    """What `load` would leave out of it, {name: number of tensors}; or Unfit: why it cannot be loaded."""
-    return choose(source, encoder, {})[2]
-
-
-class Unfit(UserError):
-    """Weights that an encoder does not take. matched: how many of its tensors they have, in key and shape."""
-
-    def __init__(self, line, matched):
-        super().__init__(line)
-        self.matched = matched
-
-
-# Where a file holds the network twice, the one that was trained by gradients is taken and not the copy that follows it;
-# of student and teacher the teacher.
-NOT_TAKEN = re.compile(r"(^|[._])(k|key|momentum|target|ema|student)[._]")
-
-
-def choose(source, encoder, known):
-    """(state dict, prefix of its keys in the source, {what the source has besides: number of tensors})"""
-    name = "the state dict" if isinstance(source, dict) else str(source)
-    flat = dict(flatten(source if isinstance(source, dict) else files.load_torch(weights_file(source))))
-    found = prefixes(flat, encoder)
-    most = max(map(len, found.values()), default=0)
-    readings = {prefix: read(flat, prefix, keys, encoder, name) for prefix, keys in found.items() if len(keys) == most}
-    whole = [prefix for prefix, (_, faults, _) in readings.items() if not faults]
-    if not whole:
-        own = encoder.state_dict()
-        matched = [sum(own[key].shape == state[key].shape for key in state) for state, _, _ in readings.values()]
-        raise Unfit(f"{name}: {refusal(flat, readings, encoder, known)}", max(matched, default=0))
-    trained = sorted([prefix for prefix in whole if not NOT_TAKEN.search(prefix)] or whole, key=len)
-    state, _, rest = readings[trained[0]]
-    for prefix in trained[1:]:
-        if not all(torch.equal(state[key], value) for key, value in readings[prefix][0].items()):
-            raise Unfit(f"{name}: holds this encoder more than once, under {trained[0]} and {prefix}: save the one "
-                        "that you mean alone", len(state))
-    return state, trained[0], rest
-
-
-def refusal(flat, readings, encoder, known):
-    """Why no prefix fits, in words."""
-    if not flat:
-        return "is not a state dict of tensors"
-    if not readings:
-        return f"has none of this encoder's keys, but {', '.join(list(flat)[:3])}: a network of another kind"
-    prefix, (state, faults, _) = next(iter(readings.items()))
-    made = " and ".join(f"{key} {known[key]}" for key in ("name", "stem") if key in known)
-    hint = f"it was made with {made}" if made else "choose the encoder and stem that it was made with"
-    parts, there = ({key.split(".")[0] for key in keys} for keys in (encoder.state_dict(), state))
-    if 2 * len(there) < len(parts):                                         # conv1, bn1, layer1, ...
-        hint = "a network of another kind"
-    return f"does not fit this encoder{prefix and f', read under {prefix}'}: {', '.join(faults)}; {hint}"
+def kind_of(state):
+    """(name, stem) of the encoder that these bare weights are of. The stem "nopool" has the keys of "default"."""
+    flat, refused = dict(flatten(state)), []
+    for name, stem in itertools.product(ENCODERS, ("default", "small")):
+        with torch.device("meta"):                                          # keys and shapes, no numbers
+            faults = read(flat, build(name, stem=stem))[0]
+        if not faults:
+            return name, stem
+        refused.append((len(faults), f"as {name} with stem {stem}: {faults[0]} ({len(faults)} faults)"))
+    raise UserError(f"its keys and shapes are those of none of {', '.join(ENCODERS)}; {min(refused)[1]}")
 
 
 def flatten(content, prefix="", depth=5):
@@ -263,80 +207,37 @@ def flatten(content, prefix="", depth=5):
             yield from flatten(value, f"{prefix}{key}.", depth - 1)
 
 
-def prefixes(flat, encoder):
-    """{prefix: {the encoder's key: the key in the file}} for every prefix under which some of its keys stand. Children
-    may also be named by their number, as in Sequential(*network.children())."""
-    number = {name: str(i) for i, (name, _) in enumerate(encoder.named_children())}
-    names = {}
-    for key in encoder.state_dict():
-        top, dot, rest = key.partition(".")
-        names[key] = names[f"{number.get(top, top)}{dot}{rest}"] = key
-    found = {}
-    for key in flat:
-        parts = key.split(".")
-        for i in range(len(parts)):
-            if own := names.get(".".join(parts[i:])):
-                found.setdefault("".join(f"{part}." for part in parts[:i]), {})[own] = key
-    return found
+# Where a file holds the network twice, the one that was trained by gradients is taken and not the copy that follows it;
+# of student and teacher the teacher.
+NOT_TAKEN = re.compile(r"(^|[._])(k|key|momentum|target|ema|student)[._]")
 
 
-def read(flat, prefix, keys, encoder, name):
-    """(state dict, what is wrong with it in words, what the file holds besides)"""
-    own, state = encoder.state_dict(), {key: flat[there] for key, there in keys.items()}
-    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]  # not in old files
-    if "conv1.weight" in own.keys() & state.keys():
-        state["conv1.weight"] = match_channels(state["conv1.weight"], own["conv1.weight"], name)
-    taken = set(keys.values())
-    tops = {there.removeprefix(prefix).split(".")[0] for there in taken}
-    rest = [key for key in flat if key not in taken]
-    extra = [key for key in rest if key.startswith(prefix) and key.removeprefix(prefix).split(".")[0] in tops]
-    wrong = [f"{key} {shape_of(state[key])}, here {shape_of(own[key])}" for key in own
-             if key in state and own[key].shape != state[key].shape]
-    faults = [f"{len(those)} {what} (first: {those[0]})" for those, what in
-              ((missing, "missing"), (extra, "unexpected"), (wrong, "of another shape")) if those]
-    return state, faults, Counter(branch(key, prefix) for key in rest)
+def read(flat, encoder):
+    """(faults, prefix, state dict): the encoder's tensors, which stand in the file under one prefix. A prefix with all
+    of them has no faults; where there is none, the best one tells what is wrong."""
+    own, readings = encoder.state_dict(), []
+    for prefix in [key.removesuffix("conv1.weight") for key in flat if f".{key}".endswith(".conv1.weight")]:
+        state = {key: flat[prefix + key] for key in own if prefix + key in flat}
+        state["conv1.weight"] = match_channels(state["conv1.weight"], own["conv1.weight"].shape[1])
+        readings.append((find_faults(flat, prefix, state, own), prefix, state))
+    if not readings:
+        return [f"no conv1.weight, but {', '.join(list(flat)[:3]) or 'no tensor at all'}"], "", {}
+    return min(readings, key=lambda each: (bool(each[0]), -len(each[2]), bool(NOT_TAKEN.search(each[1])), len(each[1])))
 
 
-def shape_of(tensor):
-    return "x".join(map(str, tensor.shape)) or "one number"
+def find_faults(flat, prefix, state, own):
+    """Missing, unexpected and misshapen tensors, each in words. A head or a stage that the encoder lacks is neither."""
+    parts = {key.split(".")[0] for key in own}
+    inside = [key.removeprefix(prefix) for key in flat if key.startswith(prefix)]
+    return ([f"{prefix}{key} is missing" for key in own if key not in state and not key.endswith("num_batches_tracked")]
+            + [f"{prefix}{key} is unexpected" for key in inside if key.split(".")[0] in parts and key not in own]
+            + [f"{prefix}{key} is {list(value.shape)}, here {list(own[key].shape)}" for key, value in state.items()
+               if value.shape != own[key].shape])
 
 
-def branch(key, prefix):
-    """The first part of the key that is not the prefix's."""
-    parts = key.split(".")
-    return next((part for part, own in zip(parts, prefix.split("."), strict=False) if part != own), parts[-1])
-
-
-def match_channels(weight, own, name):
-    """First-layer weights (O, C, k, k) for as many channels as `own`: summed to one, or one spread over several."""
-    channels = own.shape[1]
-    if weight.ndim != 4 or weight[:, 0].shape != own[:, 0].shape or weight.shape[1] == channels:
-        return weight                                                       # of another kernel, or nothing to do
-    if channels == 1:
-        return weight.sum(1, keepdim=True)                                  # what a gray image repeated C times gives
-    if weight.shape[1] == 1:
-        return weight.repeat(1, channels, 1, 1) / channels
-    raise UserError(f"{name}: its first layer takes {weight.shape[1]} channels, this encoder takes {channels}")
-
-
-def opened_by(encoder, file):
-    """{library: Python code that opens the file of these weights there}, empty where none has such a network. Other
-    libraries know nothing of mean and deviation: they want standardised images."""
-    name = (encoder.name or "").removesuffix("-3stages")
-    if name not in ("resnet18", "resnet34", "resnet50"):
-        return {}
-    channels, (kernel, stride, _) = encoder.conv1.weight.shape[1], STEMS[encoder.stem]
-    pool, whole, opening = encoder.stem == "default", len(encoder.widths) == 4, f"torch.load({str(file)!r})"
-    lines = [f"net = torchvision.models.{name}()", "net.fc = torch.nn.Identity()"]
-    if (channels, kernel) != (3, 7):
-        lines.append(f"net.conv1 = torch.nn.Conv2d({channels}, 64, {kernel}, {stride}, {kernel // 2}, bias=False)")
-    lines += ["net.maxpool = torch.nn.Identity()"] * (not pool) + ["net.layer4 = torch.nn.Identity()"] * (not whole)
-    code = {"torchvision": "; ".join([*lines, f"net.load_state_dict({opening})"])}
-    if whole:
-        code["monai"] = (f"net = monai.networks.nets.{name}(spatial_dims=2, n_input_channels={channels}, "
-                         f"conv1_t_size={kernel}, conv1_t_stride={stride}, no_max_pool={not pool}, shortcut_type='B', "
-                         f"bias_downsample=False, feed_forward=False); net.load_state_dict({opening})")
-    if whole and kernel == 7:
-        code["timm"] = (f"net = timm.create_model({name!r}, num_classes=0, in_chans={channels}, "
-                        f"checkpoint_path={str(file)!r})" + "; net.maxpool = torch.nn.Identity()" * (not pool))
-    return code
+def match_channels(weight, channels):
+    """First-layer weights (O, C, k, k) for so many channels. Summed to one: what a gray image repeated C times gives;
+    or one spread over several."""
+    if weight.ndim == 4 and 1 in (channels, weight.shape[1]):
+        weight = weight.sum(1, keepdim=True).repeat(1, channels, 1, 1) / channels           # (O, channels, k, k)
+    return weight

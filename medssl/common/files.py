@@ -4,6 +4,8 @@ import itertools
 import json
 import math
 import os
+import re
+import shlex
 import stat
 import time
 import zipfile
@@ -100,6 +102,11 @@ def save_torch(path, content):
         torch.save(content, temporary)
 
 
+STRIP = ("python -c 'import sys, torch; T = torch.Tensor; d = torch.load(sys.argv[1], \"cpu\", weights_only=False); "
+         "torch.save({{k: v for k, v in d.items() if isinstance(v, T) or isinstance(v, dict) and all(isinstance(t, T) "
+         "for t in v.values())}}, sys.argv[2])' {} weights.pth")
+
+
 def load_torch(path):
     """Tensors and plain containers only. A pickle can run any command when it is opened, so it is refused."""
     path = Path(path)
@@ -112,6 +119,11 @@ def load_torch(path):
                     raise ValueError("wrong checksum")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                                              # of damaged bytes it may raise anything
+        if "Unsupported" in str(error):                                     # torch's word for an object of a class
+            what = re.search(r"GLOBAL ([\w.]+)|$", str(error))[1] or "an object"
+            raise UserError(f"{path}: refused, it holds {what} beside its tensors, and to open that can run any "
+                            "command; if you trust the file, keep its tensors alone: "
+                            + STRIP.format(shlex.quote(str(path)))) from None
         raise UserError(f"{path}: refused, it is damaged or holds more than tensors and plain values "
                         f"({type(error).__name__})") from None
     if not isinstance(content, dict):

@@ -7,7 +7,7 @@ mask. A mean over nothing is nan.
 
 Features are (N, D), one row per image. Three spectra are in use and they are not the same numbers:
     spectrum      singular values of the covariance of the L2-normalised rows (Jing et al. 2022); as in `spectrum.png`
-    eigenvalues   of the covariance of the rows as they are; behind `alpha_req` and `participation_ratio`
+    eigenvalues   of the covariance of the rows as they are; behind `alpha_req`
     rank_me       singular values of the rows themselves, neither centred nor normalised (Garrido et al. 2023)
 Compare them between runs of one method on the same images only: they depend on N, on D and on the layer.
 """
@@ -184,7 +184,8 @@ def spectrum(features):
 
 
 def rank_me(features):
-    """exp of the entropy of the singular values' shares: D where all directions are used alike, 1 where only one is."""
+    """exp of the entropy of the singular values' shares: 1 where only one direction is used, min(N, D) where all are
+    used alike. It is never more: of 256 images RankMe is at most 256, however wide the features."""
     values = singular_values(features)
     if not values.sum() > 0:
         return float("nan")
@@ -204,24 +205,6 @@ def alpha_req(features, first=11, last=100):
     x, y, weight = -np.log(rank[used]), np.log(values[used]), 1 / rank[used]
     x_mean, y_mean = np.average(x, weights=weight), np.average(y, weights=weight)
     return float((weight * (x - x_mean) * (y - y_mean)).sum() / (weight * (x - x_mean) ** 2).sum())
-
-
-def participation_ratio(features):
-    """(sum of eigenvalues)^2 / sum of their squares: another count of the directions in use."""
-    values = eigenvalues(features)
-    return float(ratio(values.sum() ** 2, (values ** 2).sum()))
-
-
-def mean_correlation(features):
-    """Mean absolute correlation of two different features; constant features have none and are left out."""
-    features = array(features).astype(np.float64)
-    centred = features - features.mean(0)
-    centred = centred[:, centred.std(0) > 1e-7 * np.abs(features).max(0, initial=1e-30)]
-    if centred.shape[1] < 2:
-        return float("nan")
-    centred /= np.linalg.norm(centred, axis=0)
-    size = centred.shape[1]                                                 # (N, size) unit columns
-    return float((np.abs(centred.T @ centred).sum() - size) / (size * (size - 1)))
 
 
 def spread(embedding):

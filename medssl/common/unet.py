@@ -17,9 +17,11 @@ from torch.nn import functional as F
 
 class Decoder(nn.Module):
     """decoder(maps) -> (B, channels, H, W), raw. `widths` and `strides` are the encoder's, fine to coarse; H and W are
-    the finest map's times its stride."""
+    the finest map's times its stride. With zero_start the first answer is 0 everywhere, whatever the maps: a method
+    that adds the mean of the images begins with an even picture of it, and not with a random one. The encoder then has
+    no gradient in the very first step."""
 
-    def __init__(self, widths, strides, channels, skips=True):
+    def __init__(self, widths, strides, channels, skips=True, zero_start=True):
         super().__init__()
         self.skips = skips
         steps, below = [], widths[-1]
@@ -33,6 +35,9 @@ class Decoder(nn.Module):
             self.last.append(Stage(below, 0, width))
             below = width
         self.out = nn.Conv2d(below, channels, 1)
+        if zero_start:
+            nn.init.zeros_(self.out.weight)
+            nn.init.zeros_(self.out.bias)
 
     def forward(self, maps):
         x = maps[-1]                                                        # (B, widths[-1], H / strides[-1], ...)

@@ -4,12 +4,39 @@
     dataset = load(path, size=96)       a folder, split.csv, .npz, .npy or prepared folder, see sources.py
 """
 
-from . import phantoms
-from .cache import load_rows
-from .dataset import Dataset, split
-from .layouts import find
+import contextlib
+import tempfile
+import zipfile
+from dataclasses import replace
 
-__all__ = ["Dataset", "load", "split"]
+import numpy as np
+
+from . import phantoms, readers
+from .cache import load_rows
+from .dataset import LEARNT_FROM, Dataset, split
+from .layouts import find
+from .sources import Source
+
+__all__ = ["LEARNT_FROM", "Dataset", "deal", "find", "load", "shapes", "split"]
+
+
+def shapes(source, most=16):
+    """Shapes of a few images. What cannot be read is left to decoding, which lists all of it."""
+    shapes = []
+    with contextlib.suppress(ValueError, OSError, KeyError, zipfile.BadZipFile):
+        if source.kind == "npz":                                            # says it in its head, without unpacking
+            with zipfile.ZipFile(source.path) as archive:
+                return [readers.npz_header(archive, "train_images")[0][1:]]
+        with tempfile.TemporaryDirectory() as folder:
+            read = source.open(folder)[0]
+            for row in sorted(set(np.linspace(0, len(source.names) - 1, most).astype(int).tolist())):
+                with contextlib.suppress(ValueError, OSError):
+                    shapes.append(np.shape(read(row)))
+    return shapes
+
+
+def deal(dataset, seed):
+    return replace(split(dataset, seed=seed))
 
 
 def load(path, size=None, channels=None, label="label", cache=None, fit="pad", group_by=None):
@@ -18,4 +45,4 @@ def load(path, size=None, channels=None, label="label", cache=None, fit="pad", g
     patient, or "parent" for the folder that a file lies in."""
     if str(path) == "phantoms":
         return phantoms.opened(size, channels)
-    return load_rows(find(path, label, group_by), size, channels, cache, fit)[0]
+    return load_rows(path if isinstance(path, Source) else find(path, label, group_by), size, channels, cache, fit)[0]

@@ -235,21 +235,16 @@ def describe(path, where):
 
 def guess(state, where, file):
     """The encoder and the stem that are asked for, that the file's neighbour names, or that keys and shapes fit."""
-    known, refused = encoders.about(file), []
+    known = encoders.about(file)
     name, stem = where.encoder or known.get("name"), where.stem or known.get("stem")
     check_kind(file.with_suffix(".json"), name, stem)
-    for kind in [name] if name else encoders.ENCODERS:
-        for first in [stem] if stem else ("default", "small"):              # "nopool" has the keys of "default"
-            try:
-                besides = encoders.left_out(state, encoders.blank(*encoders.ENCODERS[kind], first))
-            except encoders.Unfit as error:
-                refused.append((error.matched, f"as {kind} with stem {first} it " + str(error).partition(": ")[2]))
-            else:
-                if name or "layer4" not in besides:                         # else a larger network, and a part is lost
-                    return kind, first
-    why = max(refused, key=lambda each: each[0])[1]
-    none = "" if name else f"its keys and shapes are those of none of {', '.join(encoders.ENCODERS)}; "
-    raise UserError(f"{file}: {none}{why}")
+    if not (name and stem):
+        try:
+            kind = encoders.kind_of(state)
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from None
+        name, stem = name or kind[0], stem or kind[1]
+    return name, stem
 
 
 def check_kind(file, name, stem):

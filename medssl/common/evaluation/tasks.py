@@ -301,14 +301,14 @@ def decoder_for(fit, network):
     """A U-Net decoder; with --transfer encoder+decoder it starts with the weights of the run's own, but for the last
     layer."""
     folder = None if fit.model.random else fit.model.file.parent
-    fresh = unet.Decoder(network.widths, network.strides, fit.classes)
+    fresh = unet.Decoder(network.widths, network.strides, fit.classes, zero_start=False)
     if fit.study.settings.transfer == "encoder" or not folder:
         return fresh
     checkpoint = folder / "checkpoint.pt"
     state = files.load_torch(checkpoint)["method"] if checkpoint.is_file() else {}
     state = {key.removeprefix("decoder."): value for key, value in state.items()
              if key.startswith("decoder.") and not key.startswith("decoder.out.")}
-    for decoder in (fresh, unet.Decoder(network.widths, network.strides, fit.classes, skips=False)):
+    for decoder in (fresh, unet.Decoder(network.widths, network.strides, fit.classes, False, zero_start=False)):
         own = {key: value.shape for key, value in decoder.state_dict().items() if not key.startswith("out.")}
         if own == {key: value.shape for key, value in state.items()}:
             decoder.load_state_dict(state, strict=False)
@@ -337,8 +337,7 @@ class Task:
 CLASSES = (*scores.CLASS_SCORES, *(name + scores.PATIENT for name in scores.BY_PATIENT))
 MASKS = (*scores.MASK_SCORES, *(name + scores.SLICE for name in scores.MASK_SCORES))
 SPEED = {"epochs_to_95": "epochs to 95 %", "epochs_to_95_of_random": "to 95 % of random"}
-DIRECTIONS = {"rank_me": "RankMe", "alpha_req": "alpha-ReQ", "participation_ratio": "participation",
-              "mean_correlation": "correlation", "spread": "spread"}
+DIRECTIONS = {"rank_me": "RankMe", "alpha_req": "alpha-ReQ", "spread": "spread"}
 DROPS = ("drop", "balanced_accuracy", *(f"drop, {name}" for name in robustness.CHANGES))
 WORDS = scores.WORDS | SPEED | DIRECTIONS | {"drop": "mean drop"}           # the heads of columns
 
