@@ -137,7 +137,7 @@ def train(method, monitor, dataset, rows, settings):
             if not isinstance(record["loss"], float):
                 continue
             if monitor.due(step):
-                record.update(monitor.look(method))
+                record.update(monitor.look(method, step))
             history.append(files.rounded(record))
             if monitor.due(step) and monitor.out:
                 monitor.draw_curves(history)
@@ -253,22 +253,21 @@ def report(monitor, args, done, seconds):
     if done is not None and done < args.steps:
         print(f"next: python train.py --resume --out {out}")
         return
-    if monitor.harmed():
+    if monitor.latest.get("knn", 1) < max(monitor.start.values(), default=0):
         harm(monitor, args)
     print(f"next: python evaluate.py {out}")
 
 
 def harm(monitor, args):
     """What to try where training made the features worse."""
-    run = f"python train.py --data {shlex.quote(args.data)}"
-    print(f"LESS THAN BEFORE: on {len(monitor.val)} validation images the trained features tell the classes apart less "
-          "well than those of the untrained network. What the method holds for the same may be what tells your classes "
-          "apart (see views.png), or the run is too long for the set (see curves.png). Try, in this order:")
-    print(f"  {run} --method {args.method} --steps {max(1, args.steps // 4)}")
+    run, best = f"python train.py --data {shlex.quote(args.data)}", max(monitor.looks, key=monitor.looks.get)
+    print(f"LESS THAN BEFORE: of {len(monitor.val)} validation images the trained features tell the classes worse than "
+          "those of the untrained network. What the method takes for the same may be what tells your classes apart "
+          "(see views.png), or the run is too long for the set (see curves.png). Try, before you use them:")
+    if best < args.steps:
+        print(f"  {run} --method {args.method} --steps {best}        the best look, with {monitor.looks[best]:.3f}")
     print(f"  {run} --method {args.method} --views mild")
     print(f"  {run} --method {'simclr' if args.method != 'simclr' else 'rotation'}")
-    print("and use untrained or other weights where none of them is better: evaluate.py shows the untrained network "
-          "beside the trained one")
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def out_of_memory(error):
 
 
 def complain(error, status):
-    print(printable(f"{sys.argv[0].rsplit('/', 1)[-1]}: {' '.join(str(error).split())}"), file=sys.stderr)
+    print(printable(f"{sys.argv[0].rsplit('/', 1)[-1]}: {' '.join(str(error).split())[:1000]}"), file=sys.stderr)
     return status
 
 

@@ -181,7 +181,7 @@ def check_settings(settings, signature, reserved, what):
         default = words[cli.one_of(name, words, f"setting of {what}")]
         kind = KINDS.get(type(default))
         if kind and not is_kind(value, kind):
-            raise UserError(f"--set {name}={value}: {what} takes {type(default).__name__} values there, for example "
+            raise UserError(f"--set {name}={str(value)[:40]}: {what} takes {type(default).__name__} values there, for example "
                             f"{default}")
 
 
@@ -310,7 +310,7 @@ def read(folder, device):
             raise UserError(f"--resume --out {folder}: made by an earlier version, whose runs do not go on here; "
                             f"--init {folder} starts a new run from its weights")
         args.parts = {name: Part(**part) for name, part in args.parts.items()}
-        training(args)
+        training(args), content["data"]["images"], content["data"]["channels"]
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{Path(folder) / 'config.json'}: damaged ({error}); a run goes on from its checkpoint.pt and "
                         "config.json") from None

@@ -45,11 +45,9 @@ def whole(path):
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        if not isinstance(error, OSError) and "PytorchStreamWriter" not in str(error):      # torch's way to say it
-            raise
-        raise Full(f"{path}: could not be written ({str(error).splitlines()[0]}); is the disk full? What stood there "
-                   "before is kept") from None
+    except OSError as error:
+        raise Full(f"{path}: could not be written ({error}); is the disk full? What stood there before is kept"
+                   ) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -99,7 +97,10 @@ def write_json(path, content):
 
 def save_torch(path, content):
     with whole(path) as temporary:
-        torch.save(content, temporary)
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:                                       # torch's word for a write that failed
+            raise OSError(str(error).splitlines()[0]) from None
 
 
 STRIP = ("python -c 'import sys, torch; T = torch.Tensor; d = torch.load(sys.argv[1], \"cpu\", weights_only=False); "

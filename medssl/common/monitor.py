@@ -21,7 +21,8 @@ class Monitor:
 
     def __init__(self, first, dataset, rows, device, config, draws=True):
         self.every = max(1, config.steps // 10 // config.log_every) * config.log_every
-        self.steps, self.dataset, self.device, self.latest = config.steps, dataset, device, {}
+        self.steps, self.dataset, self.device = config.steps, dataset, device
+        self.latest, self.looks = {}, {}                                    # of now; step: kNN
         self.out = Path(config.out) if draws else None
         pick = np.random.default_rng(0).permutation
         self.fixed = pick(rows)[:256]
@@ -56,10 +57,6 @@ class Monitor:
         votes = features.knn(known, self.dataset.labels[self.train], asked)
         return float(metrics.balanced_accuracy(self.dataset.labels[self.val], votes.argmax(1)))
 
-    def harmed(self):
-        """Whether the features tell less of validation images than those of the untrained network did."""
-        return bool(self.start) and self.latest.get("knn", 1) < max(self.start.values())
-
     def chance(self):
         """What guessing would score."""
         return 1 / len(np.unique(self.dataset.labels[self.val]))
@@ -69,14 +66,14 @@ class Monitor:
         return step % self.every == 0 or step == self.steps
 
     @torch.no_grad()
-    def look(self, method):
+    def look(self, method, step):
         """The numbers of this moment, for the log; spectrum.png and restored.png."""
         encoder = encoders.exported(method)
         seen = self.features(encoder, self.fixed)
         self.spectra["trained"] = metrics.spectrum(seen)
         self.latest = {"rank_me": float(metrics.rank_me(seen))}
         if not self.unscored:
-            self.latest["knn"] = self.knn(encoder)
+            self.latest["knn"] = self.looks[step] = self.knn(encoder)
         views = self.views(method)
         training = method.training
         out = method.eval()(*views)                                         # in every process: some losses gather
