@@ -101,9 +101,10 @@ class Run:
     data: str
     label: str
     size: int
-    channels: int
+    channels: int | None                        # as --channels asked for it
     encoder: str
     stem: str
+    deal: int | None
 
 
 def read_run(folder):
@@ -111,7 +112,7 @@ def read_run(folder):
     config = read_config(folder)
     try:
         run = Run(**{name: config["arguments"][name] for name in ("data", "label")},
-                  **{name: config["data"][name] for name in ("size", "channels")},
+                  **{name: config["arguments"].get(name) for name in ("channels", "deal")}, size=config["data"]["size"],
                   encoder=config["encoder"]["name"], stem=config["encoder"]["stem"])
         check_kinds(run)
         return run
