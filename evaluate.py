@@ -28,6 +28,7 @@ from tqdm import tqdm
 from medssl.common import cli, encoders, features, files, loop, optim
 from medssl.common.errors import UserError
 from medssl.common.evaluation import figures, keep, readouts, report, subsets, tasks
+from medssl.common.evaluation.shims import above_zero, number
 from medssl.common.evaluation.study import Cell, file_name, open_study
 from medssl.common.evaluation.tasks import TASKS
 
@@ -71,8 +72,6 @@ def choose_tasks(args, study):
         if name not in able:
             raise UserError(f"--task {name}: {dataset.name} has no {TASKS[name].target}; it can be looked at with "
                             f"{', '.join(able)}")
-    if args.loss == "dice" and "masks" not in {TASKS[name].target for name in args.task}:
-        raise UserError(f"--loss dice is for masks; --task {' '.join(args.task)} takes ce or balanced")
     return list(dict.fromkeys(args.task))
 
 
@@ -138,7 +137,7 @@ def parse(argv=None):
                         epilog="; ".join(f"{name}: {task.words}" for name, task in TASKS.items()))
     add_flags(parser.add_argument)
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=cli.positive_number, default=10,
+    length.add_argument("--epochs", type=above_zero, default=10,
                         help="an epoch has as many steps with few labels as with all")
     length.add_argument("--steps", type=cli.positive)
     args = parser.parse_args(argv)
@@ -151,16 +150,17 @@ def parse(argv=None):
 
 
 def add_flags(add):
-    add("runs", nargs="*", help="folders of runs, files of weights (as train.py --init takes them), .npz files of "
-        "features, thumbnails, statistics (of grey values), or RUN+statistics; none: the random encoders alone")
-    add("--data", help="default: the first run's; 'phantoms' is built in")
-    add("--label", help="column of split.csv (default: the first run's)")
-    add("--size", type=cli.positive, help="side of the images (default: the first run's)")
+    add("runs", nargs="*", type=cli.filled, help="folders of runs, files of weights (as train.py --init takes "
+        "them), .npz files of features, thumbnails, statistics (of grey values), or RUN+statistics; none: the random "
+        "encoders alone")
+    add("--data", type=cli.filled, help="default: the first run's; 'phantoms' is built in")
+    add("--label", type=cli.filled, help="column of split.csv (default: the first run's)")
+    add("--size", type=cli.side, help="side of the images (default: the first run's)")
     add("--channels", type=int, choices=(1, 3), help="default: the first run's, else as the images are")
     add("--encoder", choices=encoders.ENCODERS, help="of weights whose keys leave it open, and of random rows alone")
     add("--stem", choices=encoders.STEMS, help="likewise")
-    add("--deal", type=int, metavar="SEED", help="deal the patients anew to train, val and test, from this seed: for "
-        "cross-validation (default: as the first run)")
+    add("--deal", type=cli.whole, metavar="SEED", help="deal the patients anew to train, val and "
+        "test, from this seed: for cross-validation (default: as the first run)")
     add("--task", nargs="*", choices=TASKS, help="default: knn linear with labels, segment with masks, collapse always")
     add("--stage", nargs="+", type=int, choices=(1, 2, 3, 4), default=[None],
         help="knn and linear of this stage's pooled map")
@@ -171,13 +171,13 @@ def add_flags(add):
         "other class) / (largest RATIO) images, keeps its number along the series")
     add("--resample", action="store_true", help="draw every class equally often (linear: weigh it; knn: no effect)")
     add("--augment", nargs="+", choices=STRENGTHS, default=["S1"], help="strength where the loop trains")
-    add("--freeze", type=cli.not_negative, default=0, help="epochs with the encoder frozen before it is trained too")
+    add("--freeze", type=number, default=0, help="epochs with the encoder frozen before it is trained too")
     add("--batch", type=cli.positive, default=64)
     add("--optimizer", choices=optim.OPTIMIZERS, default="adamw", help="of all that the loop trains")
-    add("--lr", nargs="+", type=cli.positive_number, default=[1e-3],
+    add("--lr", nargs="+", type=above_zero, default=[1e-3],
         help="of several, each fit takes the one that is best on validation")
-    add("--head-lr", type=cli.positive_number, help="the head's (default: 10 times --lr; a transferred decoder: --lr)")
-    add("--weight-decay", type=cli.not_negative, default=0.01)
+    add("--head-lr", type=above_zero, help="the head's (default: 10 times --lr; a transferred decoder: --lr)")
+    add("--weight-decay", type=number, default=0.01)
     add("--loss", choices=readouts.LOSSES, help="balanced: class weights; for masks also dice (default)")
     add("--neighbours", type=cli.positive, default=20, help="of knn; fewer where the smallest class has few images")
     add("--transfer", choices=("encoder", "encoder+decoder"), default="encoder", help="what unet takes from a run")
@@ -185,16 +185,18 @@ def add_flags(add):
         help="patient: class shares are averaged over a patient's test images, and patients are scored")
     add("--seeds", type=cli.positive, default=3, help="of subsets, heads, order and the random encoder")
     add("--all-columns", action="store_true", help="all scores on the terminal, too")
-    add("--out", metavar="DIR", help="default: results/NAME, numbered")
-    add("--export", metavar="FILE", help="the one encoder, with torchvision's key names; and FILE-rgb for 3 channels")
-    add("--features", metavar="FILE.npz", help="pooled features of all images, with labels, patients and splits")
+    add("--out", type=cli.filled, metavar="DIR", help="default: results/NAME, numbered")
+    add("--export", type=cli.filled, metavar="FILE",
+        help="the one encoder, with torchvision's key names; and FILE-rgb for 3 channels")
+    add("--features", type=cli.filled, metavar="FILE.npz",
+        help="pooled features of all images, with labels, patients and splits")
     add("--device", default="auto")
     add("--amp", choices=("off", "bf16", "fp16"), default="off", help="where the loop trains")
-    add("--cache", metavar="DIR", help="where decoded images are kept")
+    add("--cache", type=cli.filled, metavar="DIR", help="where decoded images are kept")
 
 
 def one_or_more(text):
-    if not 1 <= cli.not_negative(text):
+    if not 1 <= number(text):
         raise ValueError
     return float(text)
 

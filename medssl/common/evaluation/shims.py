@@ -1,12 +1,12 @@
 """Until the rooms are merged: what evaluation takes from files that change today. Then this file goes, and `shims.x`
-becomes encoders.kind_of, data.deal and pictures."""
+becomes encoders.kind_of, data.deal, cli.number, cli.above_zero and pictures."""
 
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 
-from .. import data, encoders
+from .. import cli, data, encoders
 from ..errors import UserError
 
 try:
@@ -14,6 +14,9 @@ try:
 except ImportError:
     from .. import plots, sheets
     pictures = SimpleNamespace(**vars(plots) | vars(sheets))
+
+number = getattr(cli, "number", None) or cli.not_negative
+above_zero = getattr(cli, "above_zero", None) or cli.positive_number
 
 
 def kind_of(state):

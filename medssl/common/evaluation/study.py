@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .. import data, encoders, files
+from .. import cli, data, encoders, files
 from ..data.dataset import LEARNT_FROM
 from ..errors import UserError
 from ..features import extract, joined, set_statistics, statistics, thumbnails
@@ -228,10 +228,8 @@ def describe(named, args):
     name = (Path(os.path.realpath(folder)).name if by_folder else file.stem) + (f"@{step[1]}" if step else "")
     run = files.read_run(folder) if of_a_run else None
     encoder, stem = (run.encoder, run.stem) if run else kind_of(file, args)
-    for value, choices in ((encoder, encoders.ENCODERS), (stem, encoders.STEMS)):
-        if value not in tuple(choices):
-            raise UserError(f"{folder / 'config.json' if run else file.with_suffix('.json')}: says {value}, which is "
-                            f"none of {', '.join(choices)}; put it right or remove it")
+    for value, choices, what in ((encoder, encoders.ENCODERS, "encoder"), (stem, encoders.STEMS, "stem")):
+        cli.one_of(value, choices, f"{what} in the .json of {path}")
     return Model(name + more, encoder, stem, file, run, int(step[1]) if step else None, unlearned)
 
 
@@ -254,10 +252,7 @@ def open_network(model, study):
     neighbour says. A note where it meets other images than it was trained on."""
     dataset, known = study.dataset, encoders.about(model.file)
     channels, *side = dataset.images.shape[1:]
-    try:
-        values = [[float(v) for v in known.get(key) or getattr(dataset, key)] for key in ("mean", "std")]
-    except (ValueError, TypeError):
-        raise UserError(f"{model.file.with_suffix('.json')}: damaged; it should hold the lists mean and std") from None
+    values = [list(known.get(key) or getattr(dataset, key)) for key in ("mean", "std")]
     if model.run and (len(values[0]), model.run.size) != (channels, side[0]):
         seen, spread = len(values[0]), ", its first layer summed or spread over the channels"
         study.note(f"{model.name} was trained on {by((seen, model.run.size, model.run.size))} images and is scored on "

@@ -318,8 +318,7 @@ class Task:
 CLASSES = tuple(scores.CLASS_SCORES)
 MASKS = (*scores.MASK_SCORES, *(name + scores.SLICE for name in scores.MASK_SCORES))
 SPEED = {"epochs_to_95": "epochs to 95 %", "epochs_to_95_of_random": "to 95 % of random"}
-DIRECTIONS = {"rank_me": "RankMe", "alpha_req": "alpha-ReQ", "participation_ratio": "participation",
-              "mean_correlation": "correlation", "spread": "spread"}
+DIRECTIONS = {"rank_me": "RankMe", "alpha_req": "alpha-ReQ", "spread": "spread"}
 WORDS = scores.WORDS | SPEED | DIRECTIONS                                   # the heads of columns
 LABELS = {"target": "labels", "answers": scores.SHARES, "chance": scores.even_chance}
 OF_MASKS = {"target": "masks", "answers": scores.PIXELS}
