@@ -532,7 +532,7 @@ FAULTS = {                                                                  # fi
         ("background in the mean", "metrics.mean_defined(each[1:])", "metrics.mean_defined(each)",
          "readouts -k mask_scores"),
         ("intervals over images", "for name in heads]), groups)", "for name in heads]), np.arange(len(labels)))",
-         "evaluate -k intervals"),
+         "readouts -k by_patient"),
         ("sums for means of a patient", "sums / counts[:, None]", "sums", "readouts -k by_patient"),
         ("images scored for patients", "if target.per_patient:", "if False:", "readouts evaluate -k patient"),
         ("a lucky seed settles", "math.hypot(over_patients, over_seeds)", "over_patients", "readouts -k settled"),
