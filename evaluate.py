@@ -101,7 +101,7 @@ def fit_all(study, cells):
     for model in study.models:
         out = [cell.task for cell in cells if not (model.random or tasks.applies(cell, model))]
         if out:
-            study.note(f"{model.name} is left out of {', '.join(dict.fromkeys(out))}, which would need a network alone")
+            study.note(f"{model.name} is left out of {', '.join(dict.fromkeys(out))}: that is asked of networks alone")
     records, last = [], None
     with tqdm(total=len(jobs), unit="fit", delay=0.5, dynamic_ncols=True) as bar:
         try:
@@ -246,8 +246,9 @@ def save_features(study, path):
     for each in paths:
         refuse_taken(each, "--features")
     for model, each in zip(given, paths):
-        found = features.extract(model.fresh(study, 0), dataset.images, np.arange(len(dataset)), study.device)  # (N, D)
-        print(keep.write_features(each, found.numpy(), dataset))
+        network = model.fresh(study, 0)
+        own = features.extract(network, dataset.images, np.arange(len(dataset)), study.device)              # (N, D)
+        print(keep.write_features(each, own.numpy(), dataset))
 
 
 if __name__ == "__main__":

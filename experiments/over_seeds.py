@@ -95,8 +95,8 @@ def words(cell):
 
 def draw(lines, count, path):
     rows, cells = ([*dict.fromkeys(line[key] for line in lines)] for key in ("row", "cell"))
-    found, none = {(line["cell"], line["row"]): line for line in lines}, {"mean": np.nan, "interval": (np.nan, np.nan)}
-    each = {words(cell): [found.get((cell, row), none) for row in rows] for cell in cells}
+    known, none = {(line["cell"], line["row"]): line for line in lines}, {"mean": np.nan, "interval": (np.nan, np.nan)}
+    each = {words(cell): [known.get((cell, row), none) for row in rows] for cell in cells}
     pictures.bars(pictures.Bars(rows, {name: [line["mean"] for line in own] for name, own in each.items()},
                                 f"Mean over {count} pretrainings or splits, 95 % t intervals", "score",
                                 {name: list(zip(*(line["interval"] for line in own))) for name, own in each.items()}),

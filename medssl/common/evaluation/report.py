@@ -92,8 +92,8 @@ def summarise_cell(study, records):
     for a, b in pairs:
         for i, head in enumerate(start.heads):
             by_seed = [two.scored.scores[head] - one.scored.scores[head] for one, two in zip(models[a], models[b])]
-            found = gain(by_seed, drawn[b][:, i] - drawn[a][:, i], patients)
-            differences.append(Difference(records[0].cell, b, a, head, found))
+            differences.append(Difference(records[0].cell, b, a, head,
+                                          gain(by_seed, drawn[b][:, i] - drawn[a][:, i], patients)))
     return summaries, differences
 
 
@@ -131,7 +131,7 @@ def chance_of(study, task):
 
 def say(study, cells):
     """What is about to be done, task by task, with numbers of images and patients."""
-    dataset, args, said = study.dataset, study.args, set()
+    dataset, args, shown = study.dataset, study.args, set()
     print(f"{dataset.name}: images {by(dataset.images.shape[1:])}; {len(study.models)} models on {study.device}, "
           f"seeds: {args.seeds}")
     for name in dict.fromkeys(cell.task for cell in cells):
@@ -146,8 +146,8 @@ def say(study, cells):
         choice = f"{chosen} chosen on validation: {val}" if chosen else "nothing is chosen"
         print(f"{words}{length(args, name, target)}; {choice}; scored once on test: {test}")
         for cell in (cell._replace(augment=None, stage=None) for cell in cells if cell.task == name):
-            if (task.target, cell[1:]) not in said:
-                said.add((task.target, cell[1:]))
+            if (task.target, cell[1:]) not in shown:
+                shown.add((task.target, cell[1:]))
                 say_training(study, target, cell)
 
 

@@ -108,9 +108,9 @@ class Study:
             asked = [self.watched(), *(self.targets["labels"].rows.values() if "labels" in self.targets else [])]
             rows = np.unique(np.concatenate(asked))
             ask = None if stage is None else lambda x: network.features(x)[stage - 1].mean((2, 3))          # (B, width)
-            found = extract(network, self.dataset.images, rows, self.device, ask)
-            own = torch.zeros(len(self.dataset), found.shape[1])
-            own[rows] = found                                               # (N, D)
+            some = extract(network, self.dataset.images, rows, self.device, ask)
+            own = torch.zeros(len(self.dataset), some.shape[1])
+            own[rows] = some                                                # (N, D)
             if model.features is not None:
                 own = joined([own, model.features], np.intersect1d(rows, self.learnt_from()))
             self.kept[model.name, stage] = own, unchanged(before, network)
