@@ -678,7 +678,7 @@ def run(copy, tests):
     """Exit status of these tests and what they said. The child has what this process has imported, and nothing of the
     checkout."""
     names, _, words = tests.partition(" -k ")
-    command = ["-x", "-q", "-p", "no:cacheprovider", *[f"tests/test_{name}.py" for name in names.split()]]
+    command = ["-x", "-q", "-n0", "-p", "no:cacheprovider", *[f"tests/test_{name}.py" for name in names.split()]]
     with tempfile.TemporaryFile() as output:
         child = os.fork()
         if not child:
