@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from medssl.common import augment, feed, loop, metrics, unet
+import evaluate
+from medssl.common import augment, feed, loop, metrics
 from medssl.common.data import Dataset
 from medssl.common.errors import UserError
 from medssl.common.evaluation import readouts, scores, subsets, tasks
-from medssl.common.evaluation.study import Model, Settings, Study
+from medssl.common.evaluation.study import Model, Study
 from medssl.common.features import extract, knn, set_statistics
 from tests.common import batch, tiny_encoder
 
@@ -103,18 +104,12 @@ def test_extraction_changes_nothing():
 def test_losses_by_hand():
     """Two pixels, three classes, class 2 absent: shares (0.8, 0.1, 0.1) for truth 0 and (0.3, 0.6, 0.1) for truth 1."""
     shares = torch.tensor([[[0.8, 0.3], [0.1, 0.6], [0.1, 0.1]]], dtype=torch.float64)
-    targets = torch.tensor([[0, 1]])
+    targets, weights = torch.tensor([[0, 1]]), torch.tensor([1.0, 3.0, 9.0]).double()
     dice = (2 * 0.8 / (1.1 + 1) + 2 * 0.6 / (0.7 + 1)) / 2
-    jaccard = (0.8 / (1.1 + 1 - 0.8) + 0.6 / (0.7 + 1 - 0.6)) / 2
-    entropy = -(math.log(0.8) + math.log(0.6)) / 2
-    assert readouts.soft_jaccard(shares.log(), targets).item() == pytest.approx(1 - jaccard)
-    assert readouts.soft_dice(shares.log(), targets).item() == pytest.approx(1 - dice + entropy)
-    unequal = readouts.soft_jaccard(shares.log(), targets, torch.tensor([1.0, 3.0, 9.0]))
-    assert unequal.item() == pytest.approx(1 - (0.8 / (1.1 + 1 - 0.8) + 3 * 0.6 / (0.7 + 1 - 0.6)) / 4)
-    assert readouts.LOSSES["ce"](shares.log(), targets).item() == pytest.approx(entropy)
-    weighted = -(math.log(0.8) + 3 * math.log(0.6)) / 4
-    balanced = readouts.LOSSES["balanced"](shares.log(), targets, torch.tensor([1.0, 3.0, 9.0]).double())
-    assert balanced.item() == pytest.approx(weighted)
+    entropy, weighted = -(math.log(0.8) + math.log(0.6)) / 2, -(math.log(0.8) + 3 * math.log(0.6)) / 4
+    for name, words, expected in (("dice", [], 1 - dice + entropy), ("dice", [weights], 1 - dice + weighted),
+                                  ("ce", [], entropy), ("balanced", [weights], weighted)):
+        assert readouts.LOSSES[name](shares.log(), targets, *words).item() == pytest.approx(expected)
     # 30 * 2/3 = 10 * 2
     assert readouts.balanced_weights([30, 10, 0]).tolist() == pytest.approx([40 / 60, 2, 0])
 
@@ -142,6 +137,24 @@ def test_masks_take_the_way_of_the_images():
     x, y = method.views(images, images[:, 0].byte())
     # quarter turns only: exact
     assert torch.equal((x[:, 0] > 0.5).long(), y) and not torch.equal(x, images)
+
+
+def test_a_decoder_larger_than_the_image_is_cut():
+    """Cell i looks at pixel i * stride, so that what stands beyond the image goes; what is smaller is enlarged."""
+    class Head(nn.Module):
+        def forward(self, maps):
+            return maps
+
+    class Encoder(nn.Module):
+        def features(self, x):
+            return self.maps
+    encoder, x = Encoder(), torch.zeros(1, 1, 10, 10)
+    method = readouts.Segmenter(encoder, None, Head(), 2)
+    encoder.maps = torch.arange(12.0).expand(1, 2, 12, 12)                  # each column its number
+    torch.testing.assert_close(method.logits(x), encoder.maps[..., :10, :10])
+    encoder.maps = torch.tensor([[[[0.0, 10.0]] * 2] * 2])                  # (1, 2, 2, 2)
+    enlarged = method.logits(x)
+    assert enlarged.shape == (1, 2, 10, 10) and enlarged[0, 0, 0, 4].item() == pytest.approx(4)
 
 
 def test_the_linear_head_is_linear():
@@ -291,22 +304,18 @@ def test_subsets_are_nested_stratified_and_by_patient():
 
 
 def test_the_rare_class_is_made_rarer():
-    """The others vary and the rare class stays, along a series that goes up to 1 : 10; or the rare class varies."""
+    """The others vary and the rare class stays, along a series that goes up to 1 : 10."""
     labels = np.repeat([0, 1, 2], [300, 200, 100])
-    target = subsets.Target(labels, tuple("abc"), labels, {"train": np.arange(600)})
-    groups = np.arange(600) // 3
-
-    def counts(varies, ratios):
-        drawn = [target.training(groups, "1.0", ratio and subsets.Imbalance(ratio, 10, varies), 0) for ratio in ratios]
-        assert all(set(a) < set(b) or set(b) < set(a) for a, b in zip(drawn, drawn[1:]))
-        return [np.bincount(labels[rows]).tolist() for rows in drawn]
-    assert counts("others", (1, 2, 10, None)) == [[20, 20, 20], [40, 40, 20], [200, 200, 20], [300, 200, 100]]
-    assert counts("rare", (1000, 10, 1, None)) == [[100, 100, 1], [100, 100, 10], [100, 100, 100], [300, 200, 100]]
-    few = target.training(groups, "0.2", subsets.Imbalance(10, 10), 0)
-    assert set(target.training(groups, "0.2", None, 0)) != set(target.training(groups, "0.2", None, 1))
-    assert set(few) < set(target.training(groups, "1.0", subsets.Imbalance(10, 10), 0)) and abs(len(few) - 84) <= 3
+    target = subsets.Target(labels, tuple("abc"), labels, np.arange(600) // 3, {"train": np.arange(600)})
+    drawn = [target.training("1.0", ratio and subsets.Imbalance(ratio, 10), 0) for ratio in (1, 2, 10, None)]
+    assert all(set(a) < set(b) for a, b in zip(drawn, drawn[1:]))
+    counts = [np.bincount(labels[rows]).tolist() for rows in drawn]
+    assert counts == [[20, 20, 20], [40, 40, 20], [200, 200, 20], [300, 200, 100]]
+    few = target.training("0.2", subsets.Imbalance(10, 10), 0)
+    assert set(target.training("0.2", None, 0)) != set(target.training("0.2", None, 1))
+    assert set(few) < set(drawn[2]) and abs(len(few) - 84) <= 3
     with pytest.raises(UserError, match="--imbalance 300"):
-        target.training(groups, "1.0", subsets.Imbalance(1, 300), 0)
+        target.training("1.0", subsets.Imbalance(1, 300), 0)
 
 
 def test_the_linear_probe_standardises_over_training_rows_alone():
@@ -351,6 +360,7 @@ def test_statistics_are_those_of_the_images():
     torch.testing.assert_close(encoder.bn1.running_var, first.var((0, 2, 3)), rtol=1e-4, atol=1e-5)
     assert all(torch.equal(weights[k], v) for k, v in encoder.named_parameters())
     assert not encoder.training and encoder.bn1.momentum == 0.1
+    set_statistics(encoder, 255 - data.images, np.arange(24), torch.device("cpu"))          # leave nothing behind
     set_statistics(encoder, data.images, np.arange(24), torch.device("cpu"), size=8)        # of all three batches
     torch.testing.assert_close(encoder.bn1.running_mean, first.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
 
@@ -361,22 +371,18 @@ def test_scores_by_patient_by_hand():
     """Three patients: two of class 0 (one is right in the mean although one of its images is wrong), one of class 1."""
     labels, groups = np.array([0, 0, 0, 1, 1]), np.array([7, 7, 9, 4, 4])
     shares = np.array([[0.9, 0.1], [0.4, 0.6], [0.3, 0.7], [0.6, 0.4], [0.1, 0.9]])
-    patients = scores.by_patient(labels, groups, ("a", "b"))
-    assert patients.labels.tolist() == [1, 0, 0]                                                            # 4, 7, 9
-    np.testing.assert_allclose(patients.pool(shares)[:, 1], [0.65, 0.35, 0.7])
-    scored = scores.class_scores(labels, shares, ("a", "b"), groups, patients)
-    assert scored.scores["balanced_accuracy"] == pytest.approx((1 / 3 + 1 / 2) / 2)
-    assert scored.scores["balanced_accuracy_per_patient"] == pytest.approx((1 / 2 + 1) / 2)
-    assert scored.scores["auc_per_patient"] == pytest.approx(1 / 2)         # above 7, below 9
-    assert scored.heads == ("balanced_accuracy", "auc", "balanced_accuracy_per_patient", "auc_per_patient")
-    assert scored.again(np.arange(5)).tolist() == pytest.approx([scored.scores[name] for name in scored.heads])
-    twice = np.array([2, 0, 1, 2, 3, 4])                                    # patient 9 drawn twice
-    assert patients.patients_of(twice).tolist() == [2, 1, 2, 0]
-    assert scored.again(twice)[2] == pytest.approx((1 / 3 + 1) / 2)
-    torn = np.array([0, 1, 0, 1, 1])
-    with pytest.raises(UserError, match="patient 7 has images of class a and of class b"):
-        scores.by_patient(torn, groups, ("a", "b"))
-    assert scores.by_patient(torn, groups, ("a", "b"), "max").labels.tolist() == [1, 1, 0]
+    own, pooled = scores.by_patient(labels, shares, ("a", "b"), groups)
+    assert own.tolist() == [1, 0, 0]                                                                        # 4, 7, 9
+    np.testing.assert_allclose(pooled[:, 1], [0.65, 0.35, 0.7])
+    for per_patient, expected, units in ((False, (1 / 3 + 1 / 2) / 2, groups), (True, (1 / 2 + 1) / 2, range(3))):
+        target = subsets.Target(labels, ("a", "b"), labels, groups, {"test": np.arange(5)}, per_patient)
+        scored = scores.SHARES.score(shares, target)
+        assert scored.scores["balanced_accuracy"] == pytest.approx(expected)
+        assert scored.units.tolist() == list(units) and scored.heads == ("balanced_accuracy", "auc")
+        assert scored.again(np.arange(len(units))).tolist() == pytest.approx([scored.scores[h] for h in scored.heads])
+    assert scored.scores["auc"] == pytest.approx(1 / 2)                     # above 7, below 9
+    with pytest.raises(UserError, match="patient 7 has images of class a and of class b; .* as 2 have"):
+        scores.by_patient(np.array([0, 1, 0, 1, 0]), shares, ("a", "b"), groups)
 
 
 def test_what_a_gain_is_worth():
@@ -410,21 +416,22 @@ def test_settled_is_seldom_wrong_and_often_found():
 def test_neighbours_are_so_few_that_a_small_class_can_win(monkeypatch):
     labels = np.array([0] * 30 + [1] * 3 + [0, 1])
     rows = {"train": np.arange(33), "val": np.arange(0), "test": np.arange(33, 35)}
-    target = subsets.Target(labels, ("a", "b"), labels, rows)
+    target = subsets.Target(labels, ("a", "b"), labels, np.arange(35), rows)
     asked, note = [], "knn: 5 neighbours, as the smallest class has 3 training images in some cells"
     monkeypatch.setattr(tasks, "knn", lambda *words: asked.append(words[3]) or knn(*words))
     for neighbours, notes in ((20, [note]), (4, [])):
-        study = Study(Settings(neighbours=neighbours), None, torch.device("cpu"), [], np.arange(35),
-                      targets={"labels": target}, kept={("random", None): (torch.ones(35, 3), "")})
+        args = evaluate.parse(["--neighbours", str(neighbours)])
+        study = Study(args, None, torch.device("cpu"), [], np.arange(35), targets={"labels": target},
+                      kept={("random", None): (torch.ones(35, 3), "")})
         tasks.run(study, tasks.Cell("knn", "1.0"), Model("random", "tiny", "default"), 0)
         assert study.notes == notes
     assert asked == [5, 4]
 
 
 def test_a_class_that_is_never_predicted_is_named():
-    counts = np.array([[[5, 0, 0], [9, 0, 1], [5, 4, 0]]])
-    assert scores.never_predicted(counts, ("0", "1", "2")) == ["1"]
-    assert scores.never_predicted(np.eye(3)[[0, 0, 2]], ("a", "b", "c")) == ["b"]
+    counts = np.array([[[5, 0, 0], [9, 0, 1], [5, 4, 0]]])                  # class 2 is not there
+    assert scores.PIXELS.never_predicted(counts).tolist() == [False, True, False]
+    assert scores.SHARES.never_predicted(np.eye(3)[[0, 0, 2]]).tolist() == [False, True, False]
 
 
 def test_a_small_class_is_not_drowned(monkeypatch):
@@ -432,11 +439,10 @@ def test_a_small_class_is_not_drowned(monkeypatch):
     what all others say against it, is twice what it is with all pixels alike."""
     masks = np.zeros((4, 32, 32), np.uint8)
     masks[:, :5, :4] = 1
-    target = subsets.Target(masks, ("0", "1"), np.zeros(4, int), {"train": np.arange(4)})
-    fit = tasks.Fit(Study(Settings(), None, None, [], None), tasks.Cell("unet"), None, 0, target, np.arange(4))
-    monkeypatch.setattr(tasks, "start", lambda fit: (tiny_encoder(), None))
-    monkeypatch.setattr(tasks, "decoder_for", lambda fit, encoder: unet.Decoder(encoder.widths, encoder.strides, 2))
-    monkeypatch.setattr(tasks, "trained", lambda fit, method: method)
+    target = subsets.Target(masks, ("0", "1"), np.zeros(4, int), np.arange(4), {"train": np.arange(4)})
+    study = Study(evaluate.parse([]), None, None, [], None)
+    fit = tasks.Fit(study, tasks.Cell("unet"), Model("random"), 0, target, np.arange(4))
+    monkeypatch.setattr(tasks, "trained", lambda fit, build: build(tiny_encoder(), None))
     method = tasks.by_unet(fit)
     assert method.head.out.bias.eq(0).all()
     truth = torch.from_numpy(masks).long()

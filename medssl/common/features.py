@@ -1,4 +1,5 @@
-"""Features of an encoder that stays as it is: extracting them, and what nearest neighbours make of them."""
+"""Features of an encoder that stays as it is, features that nothing has learned, and what nearest neighbours make of
+them."""
 
 import numpy as np
 import torch
@@ -6,26 +7,54 @@ import torch.nn.functional as F
 
 from . import feed
 
+PERCENTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99)
+
 
 @torch.no_grad()
+def in_batches(ask, images, rows, device, size=256):
+    """ask(x) -> (B, D) of dataset rows, some at a time: (N, D)."""
+    parts = [ask(feed.batch(images, rows[i:i + size], device)).float().cpu() for i in range(0, len(rows), size)]
+    return torch.cat(parts)
+
+
 def extract(encoder, images, rows, device, ask=None, size=256):
     """Pooled features (N, D) of dataset rows, the encoder in evaluation mode and left as it was found. ask(x) -> (B,
     D): what is asked of it, where that is something else than encoder(x)."""
-    training, ask = encoder.training, ask or encoder
+    training = encoder.training
     encoder.eval()
-    features = [ask(feed.batch(images, rows[i:i + size], device)).float().cpu() for i in range(0, len(rows), size)]
+    features = in_batches(ask or encoder, images, rows, device, size)
     encoder.train(training)
-    return torch.cat(features)
+    return features
 
 
-def thumbnails(dataset, side=8, size=256):
+def thumbnails(dataset, side=8):
     """Features (N, C * side * side) that nothing has learned: the images as an encoder is given them, made tiny."""
     mean, std = (torch.tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (dataset.mean, dataset.std))
-    tiny = []
-    for rows in np.split(np.arange(len(dataset)), range(size, len(dataset), size)):
-        x = (feed.batch(dataset.images, rows, torch.device("cpu")) - mean) / std                    # (B, C, H, W)
-        tiny.append(F.adaptive_avg_pool2d(x, side).flatten(1))                                      # (B, C * side^2)
-    return torch.cat(tiny)
+    return in_batches(lambda x: F.adaptive_avg_pool2d((x - mean) / std, side).flatten(1),
+                      dataset.images, np.arange(len(dataset)), torch.device("cpu"))
+
+
+def statistics(dataset, rows):
+    """Features (N, 11 C) that nothing has learned: mean, deviation and nine percentiles of the grey values of each
+    channel, wherever they stand in the image; standardised over these rows."""
+    def ask(x):
+        grey = x.flatten(2).numpy()                                 # (B, C, H W)
+        values = [grey.mean(2)[None], grey.std(2)[None], np.percentile(grey, PERCENTILES, axis=2)]
+        return torch.from_numpy(np.concatenate(values).swapaxes(0, 1)).flatten(1)                   # (B, 11 C)
+    return standardised(in_batches(ask, dataset.images, np.arange(len(dataset)), torch.device("cpu")), rows)
+
+
+def standardised(features, rows):
+    """Mean 0 and deviation 1 over these rows in each column (N, D); a column that is constant there stays 0."""
+    mean, std = features[rows].mean(0), features[rows].std(0, correction=0)
+    std = torch.where(std > 1e-6 * features[rows].abs().max(), std, 1.0)
+    return (features - mean) / std
+
+
+def joined(parts, rows):
+    """Features side by side. Each part is standardised over these rows and divided by the root of its width, so that
+    all parts weigh alike in a cosine."""
+    return torch.cat([standardised(part, rows) / part.shape[1] ** 0.5 for part in parts], 1)
 
 
 @torch.no_grad()

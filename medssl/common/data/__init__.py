@@ -36,7 +36,16 @@ def shapes(source, most=16):
 
 
 def deal(dataset, seed):
-    return replace(split(dataset, seed=seed))
+    """New splits for cross-validation: the patients of which any image is labelled are dealt anew from this seed; what
+    is wholly unlabeled stays so."""
+    dataset = replace(dataset, splits=np.full(len(dataset), "train")) if dataset.splits is None else dataset
+    groups = np.arange(len(dataset)) if dataset.groups is None else dataset.groups
+    dealt = np.isin(groups, groups[dataset.splits != "unlabeled"])
+    splits = np.full(len(dataset), "unlabeled")
+    part = split(replace(dataset, **{key: getattr(dataset, key)[dealt] for key in ("images", "labels", "masks")
+                                     if getattr(dataset, key) is not None}, groups=groups[dealt]), seed=seed)
+    splits[dealt] = part.splits
+    return replace(dataset, splits=splits, mean=part.mean, std=part.std)
 
 
 def load(path, size=None, channels=None, label="label", cache=None, fit="pad", group_by=None):

@@ -1,45 +1,31 @@
-"""Finished fits on disk: an evaluation that was stopped goes on with what is there."""
+"""Finished fits on disk, by which an evaluation that was stopped goes on; and features for, and of, other programs."""
 
-import hashlib
 import json
-import zlib
-from dataclasses import asdict, replace
+from dataclasses import fields
 
 import numpy as np
+import torch
 
 from .. import files
 from ..errors import UserError
-from .readouts import fingerprint
-from .study import Cell, file_name
-from .tasks import Record
 
-ARRAYS = ("answers", "spectrum")
-EXAMPLES = ("rows", "predictions", "dice")
+ARRAYS = "answers", "spectrum", "examples", "masks"
+NO_MATTER = "seeds", "device", "out", "cache", "export", "features", "all_columns"      # to what a single fit is
 
 
-def digest(study):
-    """What has to be the same for a fit to be the same."""
-    found, dataset = hashlib.sha256(), study.dataset
-    settings = {key: value for key, value in asdict(study.settings).items() if key not in ("device", "seeds")}
-    found.update(json.dumps([settings, dataset.images.shape], default=str).encode())
-    for array in (dataset.labels, dataset.splits, study.groups):
-        found.update(b"-" if array is None else np.ascontiguousarray(array).tobytes())
-    for array in (dataset.images, dataset.masks):                           # many bytes: a quick sum, part by part
-        parts = range(0, 0 if array is None else len(array), 1024)
-        found.update(str([zlib.crc32(np.ascontiguousarray(array[i:i + 1024])) for i in parts]).encode())
-    for model in study.models:
-        weights = model.features.numpy().tobytes() if model.features is not None else b""
-        found.update(f"{model.name} {model.network and fingerprint(model.network)}".encode() + weights)
-    return found.hexdigest()
-
+# ---- fits
 
 def open_folder(study):
     """Makes the folder; refuses one that holds fits of another evaluation."""
     folder, asked = study.out / "fits", study.out / "asked.json"
     folder.mkdir(parents=True, exist_ok=True)
-    now = {"digest": digest(study)}
+    for part in folder.glob(".*.part"):                                     # of a process that was killed
+        part.unlink()
+    settings = {name: value for name, value in vars(study.args).items() if name not in NO_MATTER}
+    now = json.loads(json.dumps({"settings": settings, "models": [model.name for model in study.models],
+                                 "images": study.dataset.images.shape}))
     if asked.exists() and content(asked) != now:
-        raise UserError(f"--out {study.out}: holds fits of another evaluation (other settings, images or weights); "
+        raise UserError(f"--out {study.out}: holds fits of another evaluation (other settings, images or models); "
                         "choose another folder")
     files.write_json(asked, now)
 
@@ -52,34 +38,64 @@ def was_stopped(folder):
 def content(path):
     """The dict in a JSON file; of a missing or damaged one an empty one."""
     try:
-        found = json.loads(path.read_text())
+        values = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
-
-
-def path_of(study, cell, model, seed):
-    parts = [model.name, *(part for part in cell if part is not None), f"seed{seed}"]
-    return study.out / "fits" / f"{file_name('-'.join(map(str, parts)))}.npz"
+    return values if isinstance(values, dict) else {}
 
 
 def save(record, path):
-    facts = {key: value for key, value in vars(record).items() if key not in (*ARRAYS, "examples", "scored", "cell")}
+    facts = {f.name: getattr(record, f.name) for f in fields(record) if f.name not in (*ARRAYS, "scored")}
     arrays = {key: getattr(record, key) for key in ARRAYS if getattr(record, key) is not None}
-    arrays |= {f"example_{key}": record.examples[key] for key in EXAMPLES} if record.examples else {}
     with files.whole(path) as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, facts=json.dumps({**facts, "cell": record.cell}, default=float), **arrays)
+        np.savez_compressed(file, facts=json.dumps(facts, default=float), **arrays)
 
 
 def load(path):
-    """The record, without its scores."""
+    """The fields of a record but its scores."""
     try:
-        with np.load(path, allow_pickle=False) as found:
-            record = Record(**json.loads(str(found["facts"])))
-            arrays = {key: found[key] for key in ARRAYS if key in found.files}
-            if "example_rows" in found.files:
-                arrays["examples"] = {key: found[f"example_{key}"] for key in EXAMPLES}
+        with np.load(path, allow_pickle=False) as archive:
+            words = json.loads(str(archive["facts"])) | {key: archive[key] for key in ARRAYS if key in archive.files}
+        return words | {"curve": words["curve"] and [tuple(point) for point in words["curve"]]}
     except Exception as error:                                              # of damaged bytes anything may be raised
         raise UserError(f"{path}: damaged ({type(error).__name__}); remove it, and this fit is done again") from None
-    curve = record.curve and [tuple(point) for point in record.curve]
-    return replace(record, cell=Cell(*record.cell), curve=curve, **arrays)
+
+
+# ---- features
+
+def read_features(path, dataset, note):
+    """Features (N, D) of another program in the order of the data set: the array `features` of an .npz file, one row
+    per image. `files` says which image each row is, by its path below the set's folder; else row i is image i."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            features = np.asarray(archive["features"])
+            names = np.asarray(archive["files"]).astype(str).tolist() if "files" in archive.files else None
+    except Exception as error:                                              # of damaged bytes anything may be raised
+        raise UserError(f"{path}: cannot be read ({error}); write one with np.savez(path, features=..., files=...)"
+                        ) from None
+    if features.ndim != 2 or features.dtype.kind not in "fiu" or not np.isfinite(features).all():
+        raise UserError(f"{path}: features must be a table (images, numbers) of finite numbers, not {features.dtype} "
+                        f"{features.shape}")
+    wanted = list(map(str, dataset.names or range(len(dataset)))) if names else list(range(len(dataset)))
+    place = {name: row for row, name in enumerate(names or range(len(features)))}
+    missing = [str(name) for name in wanted if name not in place]
+    if missing or len(features) != len(names or wanted):
+        raise UserError(f"{path}: {len(features)} rows of features for {len(names or wanted)} images, "
+                        f"{dataset.name} has {len(dataset)}; {len(missing)} of them have none, first "
+                        f"{', '.join(missing[:3]) or 'none'}")
+    if len(place) > len(wanted):
+        note(f"{path.name}: {len(place) - len(wanted)} rows of features belong to no image of {dataset.name}")
+    return torch.from_numpy(features[[place[name] for name in wanted]].astype(np.float32))
+
+
+def write_features(path, features, dataset):
+    """What `read_features` reads, with what else is known of the images."""
+    arrays = {"features": features, "files": dataset.names and np.array(dataset.names),
+              "patients": dataset.groups, "splits": dataset.splits, "labels": dataset.labels,
+              "classes": None if dataset.labels is None else np.array(dataset.classes)}
+    arrays = {key: value for key, value in arrays.items() if value is not None}
+    with files.whole(path) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, **arrays)
+    return f"{path}: {', '.join(f'{key} {value.shape}' for key, value in arrays.items())}"

@@ -1,10 +1,10 @@
-"""What labels are read out with: a linear probe on frozen features, or heads that the loop trains.
+"""How labels are read out: a linear probe on frozen features, or heads that the loop trains.
 
 Frozen read-outs        linear_probe (on features extracted once), Segmenter with a LinearHead
 Trained read-outs       Classifier, Grader, Segmenter with a U-Net decoder; they keep to the contract of a method and
                         train through loop.fit
-Choosing                every choice (L2, epoch) is made on validation rows; none of these functions ever sees a test
-                        row before it is made
+Choosing                every choice (L2, epoch, rate) is made on validation rows; none of these functions ever sees a
+                        test row before it is made
 """
 
 import copy
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import augment, feed, loop, metrics, optim
+from ..features import standardised
 
 L2_GRID = (10.0, 1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-5)                                # of the linear probe, strong to weak
 
@@ -26,21 +27,16 @@ L2_GRID = (10.0, 1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-5)                              
 
 def linear_probe(features, labels, train, val, classes, class_weights=None):
     """Logistic regression on features (N, D) standardised over the training rows. The L2 penalty with the best balanced
-    accuracy on the validation rows is kept, the stronger one if two are equal. Returns the class shares of any rows (of
-    these features, or of others), as a function, and what was chosen."""
-    mean, std = features[train].mean(0), features[train].std(0, correction=0)
-    std = torch.where(std > 1e-6 * features[train].abs().max(), std, 1.0)   # a constant feature stays 0
-    x = (features - mean) / std                                             # (N, D)
+    accuracy on the validation rows is kept, the stronger one if two are equal. Returns the class shares of any rows, as
+    a function, and what was chosen."""
+    x = standardised(features, train)                                       # (N, D)
     y, best, weights = torch.as_tensor(labels), None, None
     for l2 in L2_GRID:
         weights = logistic(x[train], y[train], classes, l2, class_weights, weights)
         score = metrics.balanced_accuracy(labels[val], affine(x[val], weights).argmax(1))
         if best is None or score > best["validation"]:
             best, chosen = {"validation": score, "l2": l2}, weights
-
-    def predict(rows, others=features):
-        return affine((others[rows] - mean) / std, chosen).softmax(1).numpy()
-    return predict, best
+    return lambda rows: affine(x[rows], chosen).softmax(1).numpy(), best
 
 
 def logistic(x, y, classes, l2, class_weights=None, start=None):
@@ -85,32 +81,19 @@ def fingerprint(module):
 
 # ---- losses of logits (B, K, ...) against classes (B, ...); beside them torch's cross-entropy
 
-def overlap(logits, targets):
-    """Shared, predicted and true mass of each class (K,), over all pixels of the batch."""
+def soft_dice(logits, targets, class_weights=None):
+    """1 - soft Dice, the mean over the classes that the batch holds, over all its pixels together; + weighted
+    cross-entropy."""
     shares = logits.softmax(1)
     truth = F.one_hot(targets, logits.shape[1]).movedim(-1, 1).to(shares.dtype)                      # (B, K, ...)
     pixels = [0, *range(2, logits.ndim)]
-    return (shares * truth).sum(pixels), shares.sum(pixels), truth.sum(pixels)
+    both, predicted, true = (shares * truth).sum(pixels), shares.sum(pixels), truth.sum(pixels)     # (K,) each
+    there = true > 0
+    dice = (2 * both / (predicted + true) * there).sum() / there.sum()
+    return 1 - dice + F.cross_entropy(logits, targets, class_weights)
 
 
-def one_minus(ratio, true, class_weights=1.0):
-    """1 - the weighted mean over the classes that the batch holds."""
-    weights = (true > 0) * class_weights
-    return 1 - (ratio * weights).sum() / weights.sum()
-
-
-def soft_dice(logits, targets, class_weights=None):
-    """Soft Dice, in which all classes weigh alike, + weighted cross-entropy."""
-    both, predicted, true = overlap(logits, targets)
-    return one_minus(2 * both / (predicted + true), true) + F.cross_entropy(logits, targets, class_weights)
-
-
-def soft_jaccard(logits, targets, class_weights=1.0):
-    both, predicted, true = overlap(logits, targets)
-    return one_minus(both / (predicted + true - both), true, class_weights)
-
-
-LOSSES = {"ce": F.cross_entropy, "balanced": F.cross_entropy, "dice": soft_dice, "jaccard": soft_jaccard}
+LOSSES = {"ce": F.cross_entropy, "balanced": F.cross_entropy, "dice": soft_dice}
 
 
 def balanced_weights(counts):
@@ -149,32 +132,21 @@ class Classifier(nn.Module):
         pass
 
 
-class Grader(nn.Module):
+class Grader(Classifier):
     """One output on the pooled feature, for classes that are ordered: its square distance to the grade is the loss."""
 
     def __init__(self, encoder, augment, classes):
-        super().__init__()
-        self.encoder, self.augment, self.classes = encoder, augment, classes
-        self.head = nn.Linear(encoder.dim, 1)
+        super().__init__(encoder, augment, 1)
+        self.classes = classes
         nn.init.constant_(self.head.bias, (classes - 1) / 2)                # starts in the middle of the scale
 
-    @torch.no_grad()
-    def views(self, images, labels):
-        return self.augment(images), labels
-
     def forward(self, x, labels):
-        return {"loss": F.mse_loss(self.grade(x), labels.float())}
-
-    def grade(self, x):
-        return self.head(self.encoder(x)).float().squeeze(1)                # (B,)
+        return {"loss": F.mse_loss(self.logits(x).squeeze(1), labels.float())}
 
     def answer(self, x):
         """(B, classes); the nearest grade has the largest share: thresholds lie at .5, 1.5, ..."""
         grades = torch.arange(self.classes, device=x.device)
-        return (-(self.grade(x)[:, None] - grades) ** 2).softmax(1)
-
-    def after_step(self, outs, progress):
-        pass
+        return (-(self.logits(x) - grades) ** 2).softmax(1)
 
 
 class Segmenter(nn.Module):
@@ -195,8 +167,11 @@ class Segmenter(nn.Module):
         return {"loss": self.loss(self.logits(x), masks, self.class_weights)}
 
     def logits(self, x):
-        logits = self.head(self.encoder.features(x)).float()                # (B, classes, h, w)
-        return F.interpolate(logits, x.shape[2:], mode="bilinear")          # (B, classes, H, W)
+        """(B, classes, H, W). A decoder's output may be larger than the image, since sides are rounded up on the way
+        down. It is cut: cell i looks at pixel i * stride. What is smaller is enlarged."""
+        height, width = x.shape[2:]
+        logits = self.head(self.encoder.features(x)).float()[..., :height, :width]          # (B, classes, h, w)
+        return F.interpolate(logits, (height, width), mode="bilinear")
 
     def answer(self, x):
         return self.logits(x).argmax(1).byte()                              # (B, H, W)

@@ -1,4 +1,5 @@
-"""What an evaluation found, in numbers: a table per task on the terminal, results.json and results.csv.
+"""What an evaluation is about to do, in words; and what came out, in numbers: a table per task on the terminal,
+results.csv and results.json.
 
 A record is one fit (one model, cell and seed). A summary is all seeds of one model and cell: mean and spread (standard
 deviation) over seeds, and the 95 % interval of the mean when the test patients are drawn anew. Differences are taken
@@ -9,20 +10,19 @@ import csv
 import itertools
 import math
 import platform
-from collections import Counter
+from collections import Counter, namedtuple
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 
 from .. import files, metrics
-from .scores import Gain, gain, never_predicted, steps_to
-from .study import Cell
-from .tasks import SPEED, TASKS, WORDS
+from .scores import gain, steps_to
+from .study import Cell, by
+from .tasks import SPEED, TASKS, WORDS, schedule, training_rows
 
-LEGEND = """[ ]: 95 % when the test patients are drawn anew; ±: standard deviation over seeds; P: share of those draws
-in which the gain is not above 0, and in how many seeds it is above 0; *: settled, that is larger than what the draw of
-test patients and of seeds make of no gain at all (95 %; seeds are those of the read-outs, not of pretraining)"""
+LEGEND = """[ ]: 95 % when the test patients are drawn anew. *: settled, larger than what the draws of test patients and
+of seeds (of read-outs, not of pretraining) make of no gain at all. Other scores: results.csv, --all-columns"""
 
 
 @dataclass
@@ -43,14 +43,7 @@ class Summary:
         return self.scores[name]["mean"] if name in self.scores else math.nan
 
 
-@dataclass
-class Difference:
-    """first - second."""
-    cell: Cell
-    first: str
-    second: str
-    metric: str
-    gain: Gain
+Difference = namedtuple("Difference", "cell first second metric gain")      # first - second
 
 
 def main_of(cell):
@@ -99,20 +92,20 @@ def summarise_cell(study, records):
     for a, b in pairs:
         for i, head in enumerate(start.heads):
             by_seed = [two.scored.scores[head] - one.scored.scores[head] for one, two in zip(models[a], models[b])]
-            found = gain(by_seed, drawn[b][:, i] - drawn[a][:, i], patients)
-            differences.append(Difference(records[0].cell, b, a, head, found))
+            differences.append(Difference(records[0].cell, b, a, head,
+                                          gain(by_seed, drawn[b][:, i] - drawn[a][:, i], patients)))
     return summaries, differences
 
 
 def summary_of(study, name, fits, interval):
-    cell, target = fits[0].cell, study.targets.get(TASKS[fits[0].cell.task].target)
+    cell, task = fits[0].cell, TASKS[fits[0].cell.task]
     train = {key: float(np.mean([getattr(r, key) for r in fits])) for key in ("train_images", "train_patients")
              if getattr(fits[0], key) is not None}
     values = {key: np.array([r.scored.scores[key] for r in fits]) for key in fits[0].scored.scores}
     dead = Counter()
-    if target:
-        answers = [r.answers[0] if cell.task == "robustness" else r.answers for r in fits]
-        dead = Counter(c for answer in answers for c in never_predicted(answer, target.classes))
+    if task.answers and task.answers.never_predicted:
+        classes = study.targets[task.target].classes
+        dead = Counter(c for r in fits for c, never in zip(classes, task.answers.never_predicted(r.answers)) if never)
     return Summary(cell, name, len(fits), train, {key: mean_and_spread(v) for key, v in values.items()},
                    {head: list(ends) for head, ends in interval.items()}, dict(dead))
 
@@ -129,9 +122,59 @@ def describe(cell):
 
 
 def chance_of(study, task):
-    """Balanced accuracy of a guess; nothing is known of one of masks."""
-    target = study.targets.get("labels")
-    return 1 / len(np.unique(target.values[target.rows["test"]])) if TASKS[task].target == "labels" else None
+    """The first score of a guess, where the task knows one."""
+    task = TASKS[task]
+    return task.chance(study.targets[task.target]) if task.chance else None
+
+
+# ---- before
+
+def say(study, cells):
+    """What is about to be done, task by task, with numbers of images and patients."""
+    dataset, args, shown = study.dataset, study.args, set()
+    print(f"{dataset.name}: images {by(dataset.images.shape[1:])}; {len(study.models)} models on {study.device}, "
+          f"seeds: {args.seeds}")
+    for name in dict.fromkeys(cell.task for cell in cells):
+        task = TASKS[name]
+        words = f"{name}: {'encoder frozen, in evaluation mode; ' * task.frozen}{task.words}"
+        if not task.target:
+            print(f"{words}; {len(study.watched())} images")
+            continue
+        target = study.targets[task.target]
+        val, test = (count(study, target.rows[split]) for split in ("val", "test"))
+        chosen = "rate and " * (task.trains and len(args.lr) > 1) + (task.chosen or "")
+        choice = f"{chosen} chosen on validation: {val}" if chosen else "nothing is chosen"
+        print(f"{words}{length(args, name, target)}; {choice}; scored once on test: {test}")
+        for cell in (cell._replace(augment=None, stage=None) for cell in cells if cell.task == name):
+            if (task.target, cell[1:]) not in shown:
+                shown.add((task.target, cell[1:]))
+                say_training(study, target, cell)
+
+
+def length(args, name, target):
+    if not TASKS[name].trains:
+        return ""
+    per_epoch, steps, frozen = schedule(args, name, target)
+    first = f", in the first {frozen} the encoder is frozen" * (0 < frozen < steps)
+    return f" for {steps} steps of {args.batch} ({steps / per_epoch:.3g} epochs){first}"
+
+
+def say_training(study, target, cell):
+    """The images that a cell learns from, and which classes are not among them."""
+    seeds = range(study.args.seeds)
+    each = [training_rows(study, cell, seed) for seed in seeds]
+    print(f"    {describe(cell)}: training on {count(study, each[0])}{' (first seed)' * (len(seeds) > 1)}")
+    lost = [c for i, c in enumerate(target.classes) if TASKS[cell.task].target == "labels"
+            and any(i not in target.values[rows] for rows in each)]
+    if lost:
+        more = f" and {len(lost) - 4} more classes" if len(lost) > 4 else ""
+        study.note(f"{describe(cell)}: in some seeds no training image of {', '.join(lost[:4])}{more}; scored with "
+                   "what is there")
+
+
+def count(study, rows):
+    patients = len(np.unique(study.groups[rows]))
+    return f"{len(rows)} images of {patients} patients" if study.dataset.groups is not None else f"{len(rows)} images"
 
 
 # ---- files
@@ -147,15 +190,14 @@ def tidy(value):
     return value.item() if isinstance(value, np.generic) else value
 
 
-def flat(found):
-    """A summary or difference as one level of keys, its cell and gain spread out."""
-    own = asdict(found)
-    return {**own.pop("cell")._asdict(), **own.pop("train", {}), **own.pop("gain", {}), **own}
+def flat(summary):
+    own = asdict(summary)
+    return {**own.pop("cell")._asdict(), **own.pop("train"), **own}
 
 
 def facts(record):
     """The plain fields of a record, with its scores."""
-    left_out = ("answers", "measures", "examples", "scored", "cell")
+    left_out = ("answers", "measures", "examples", "masks", "scored", "cell", "notes")
     own = {key: value for key, value in vars(record).items() if key not in left_out}
     return {**own, **record.cell._asdict(), "scores": record.scored.scores}
 
@@ -163,7 +205,7 @@ def facts(record):
 def write_json(study, records, summaries, differences, stopped=False):
     dataset = study.dataset
     files.write_json(study.out / "results.json", tidy({
-        "settings": asdict(study.settings), "stopped": stopped, "notes": study.notes,
+        "settings": vars(study.args), "stopped": stopped, "notes": study.notes,
         "tasks": {task: TASKS[task].words for task in dict.fromkeys(r.cell.task for r in records)},
         "data": {"name": dataset.name, "shape": dataset.images.shape[1:],
                  **{kind: {"classes": target.classes, "images": {name: len(rows) for name, rows in target.rows.items()},
@@ -171,7 +213,9 @@ def write_json(study, records, summaries, differences, stopped=False):
                     for kind, target in study.targets.items()}},
         "models": [{"name": m.name, "encoder": m.encoder, "stem": m.stem, "step": m.step, "normalised": m.normalised,
                     "file": m.file and str(m.file)} for m in study.models],
-        "cells": [flat(s) for s in summaries], "differences": [flat(d) for d in differences],
+        "cells": [flat(s) for s in summaries],
+        "differences": [{**d.cell._asdict(), "first": d.first, "second": d.second, "metric": d.metric, **asdict(d.gain)}
+                        for d in differences],
         "fits": [facts(r) for r in records],
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
                      "device": str(study.device)}}))
@@ -196,28 +240,29 @@ def bracket(ends):
     return f" [{number(ends[0])}, {number(ends[1])}]" if len(ends) and all(map(math.isfinite, ends)) else ""
 
 
-def worth(found):
+def worth(gain):
     """A gain in one phrase."""
-    text = f"{number(found.mean, '+')}{bracket(found.interval)}{'*' * found.settled}"
-    if math.isfinite(found.not_positive):
-        text += f" P {found.not_positive:.3f}, {found.seeds_above} of {found.seeds}"
-    return text
+    return f"{number(gain.mean, '+')}{bracket(gain.interval)}{'*' * gain.settled}"
 
 
-def print_table(study, task, summaries, differences):
-    """One line per summary: the main score, what it gains over each random model, the other scores' means."""
-    summaries = [s for s in summaries if s.cell.task == task]
-    first, *others = TASKS[task].columns
-    others = [name for name in others if any(name in s.scores for s in summaries)]
-    others += [rare_recall(study)] if any(s.cell.imbalance for s in summaries) else []
-    learns, shown = bool(TASKS[task].target), {s.model for s in summaries}
-    bases = dict.fromkeys(b for s in summaries for b in study.bases_of(s.model) if learns and b in shown)
-    lines = [["encoder", "learnt from" * learns, WORDS.get(first, first), *(f"over {base}" for base in bases),
-              *(WORDS.get(key, key) for key in others)]]
-    for s in summaries:
-        learnt_from = f"{describe(s.cell)} ({s.train['train_images']:.0f} images)" if learns else ""
-        gains = [gain_over(study, differences, s, base, first) for base in bases]
-        lines.append([s.model, learnt_from, main_text(s, first), *gains, *(number(s.mean(key)) for key in others)])
+def print_results(study, summaries, differences):
+    for task in dict.fromkeys(s.cell.task for s in summaries):
+        print_table(study, [s for s in summaries if s.cell.task == task], differences)
+    print_differences(study, differences)
+    if differences:
+        print(f"\n{LEGEND}")
+
+
+def print_table(study, summaries, differences):
+    """One line per summary: the main score, what it gains over the random network, other scores if they are asked
+    for."""
+    task, (first, *others) = summaries[0].cell.task, columns_of(study, summaries)
+    learns = [1] * bool(TASKS[task].target)                                 # else these two columns are not there
+    lines = [["encoder", *["learnt from"] * len(learns), WORDS.get(first, first), *["over random"] * len(learns),
+              *(WORDS.get(name, name) for name in others)]]
+    lines += [[s.model, *[f"{describe(s.cell)} ({s.train['train_images']:.0f} images)" for _ in learns],
+               main_text(study, s), *[over_random(study, differences, s) for _ in learns],
+               *(number(s.mean(name)) for name in others)] for s in summaries]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     print(f"\n{heading(study, task, summaries)}")
     for line in lines:
@@ -227,18 +272,27 @@ def print_table(study, task, summaries, differences):
         print(f"  never predicted by {s.model}, {describe(s.cell)}: {dead}")
 
 
+def columns_of(study, summaries):
+    """The scores that are shown; of a task without labels all."""
+    task = TASKS[summaries[0].cell.task]
+    if task.target and not study.args.all_columns:
+        return task.columns[:1]
+    rare = [rare_recall(study)] if any(s.cell.imbalance for s in summaries) else []
+    return [*(name for name in task.columns if any(name in s.scores for s in summaries)), *rare]
+
+
 def heading(study, task, summaries):
-    words = ["encoder frozen: unchanged, the same hash before and after" if TASKS[task].frozen else "encoder trained"]
+    words = ["encoder frozen: the same hash before and after" if TASKS[task].frozen else "encoder trained"]
     chance = chance_of(study, task)
     words += [f"chance {number(chance)}"] if chance else []
-    words.append(f"seeds: {', '.join(sorted({str(s.seeds) for s in summaries}))}")
-    return f"{TASKS[task].title}: {'; '.join(words)}"
+    words += ["by patient"] if study.args.per == "patient" and TASKS[task].target == "labels" else []
+    return f"{TASKS[task].title}: {'; '.join(words)}; seeds: {', '.join(sorted({str(s.seeds) for s in summaries}))}"
 
 
-def main_text(summary, name):
-    spread = summary.scores[name]["spread"]
-    return (number(summary.mean(name)) + (f" ± {number(spread)}" if math.isfinite(spread) else "")
-            + bracket(summary.interval.get(name, [])))
+def main_text(study, summary):
+    spread = summary.scores[summary.main]["spread"]
+    return (number(summary.mean(summary.main)) + bracket(summary.interval.get(summary.main, []))
+            + (f" ± {number(spread)}" if study.args.all_columns and math.isfinite(spread) else ""))
 
 
 def rare_recall(study):
@@ -246,14 +300,12 @@ def rare_recall(study):
     return f"recall {target.classes[target.rare]}"
 
 
-def gain_over(study, differences, summary, base, metric):
-    """What the model gains over one of the random models of its own network."""
+def over_random(study, differences, summary):
+    """What the model gains over the random one of its own network."""
     bases = study.bases_of(summary.model)
-    if summary.model in bases or base not in bases:
-        return ""
-    wanted = summary.cell, summary.model, base, metric
-    found = [d for d in differences if (d.cell, d.first, d.second, d.metric) == wanted]
-    return worth(found[0].gain) if found else ""
+    wanted = summary.cell, summary.model, bases[0], summary.main
+    gains = [d.gain for d in differences if d[:4] == wanted and summary.model not in bases]
+    return worth(gains[0]) if gains else ""
 
 
 def print_differences(study, differences):
@@ -267,9 +319,7 @@ def print_differences(study, differences):
         print("\npaired differences")
     for d in shown:
         what = f"{TASKS[d.cell.task].title}, {describe(d.cell)}: {d.first} - {d.second}"
-        print(f"  {what}: {WORDS[d.metric]} {worth(d.gain)}")
+        print(f"  {what}: {worth(d.gain)}")
     if len(shown) > 1:
         print(f"  these are {len(shown)} comparisons: with no difference anywhere, up to {0.05 * len(shown):.1f} of "
               "them would be called settled")
-    if differences:
-        print(f"\n{LEGEND}")

@@ -1,8 +1,8 @@
 """From answers to scores per image, slice and patient; what intervals are drawn from; what a difference is worth.
 
-Answers are what a fit says of the test images: class shares (N, K), or for masks the pixels of each class in each
-slice, (N, 3, K): in both masks, in the predicted one, in the true one. To add a score: a function in metrics.py and a
-line in one of the two tables below.
+Answers are what a fit says of the test images. Two kinds are known here: class shares (N, K), and for masks the pixels
+of each class in each slice, (N, 3, K): in both masks, in the predicted one, in the true one. To add a score: a function
+in metrics.py and a line in one of the two tables below. Another kind of answer: an Answers of its own, beside its task.
 """
 
 import math
@@ -34,11 +34,9 @@ MASK_SCORES = {
     "dice": Score("Dice", metrics.dice_of, math.inf),
     "iou": Score("IoU", metrics.iou_of, math.inf),
 }
-SLICE, PATIENT = "_per_slice", "_per_patient"
-BY_PATIENT = ("balanced_accuracy", "auc")       # the class scores that --per patient adds
+SLICE = "_per_slice"
 WORDS = {name: score.words for name, score in (CLASS_SCORES | MASK_SCORES).items()}
 WORDS |= {name + SLICE: f"{score.words}/slice" for name, score in MASK_SCORES.items()}
-WORDS |= {name + PATIENT: f"{CLASS_SCORES[name].words}/patient" for name in BY_PATIENT}
 
 
 @dataclass
@@ -50,60 +48,58 @@ class Scored:
     units: np.ndarray | None = None             # the patient of each unit
 
 
+@dataclass(frozen=True)
+class Answers:
+    """What a task answers about the test images, and how that is scored."""
+    words: str                                  # what they are, and their shape
+    blank: Callable                             # target -> answers of this shape that know nothing
+    score: Callable                             # (answers, target) -> Scored
+    never_predicted: Callable | None = None     # answers -> (K,) classes that none of them names, where they name any
+
+
 # ---- classes
 
-def class_scores(labels, shares, classes, groups, per=None):
-    """Of labels (N,) and class shares (N, K); per: what `by_patient` made of the labels, for scores by patient too."""
+def class_scores(labels, shares, classes, groups):
+    """Of labels (N,) and class shares (N, K)."""
     scores = {name: score.value(labels, shares) for name, score in CLASS_SCORES.items()}
-    found = metrics.recalls(labels, shares.argmax(1), len(classes))         # (K,)
-    scores |= {f"recall {name}": float(value) for name, value in zip(classes, found)}
-    drawn = [name for name, score in CLASS_SCORES.items() if shares.shape[1] <= score.most_classes]
-    heads, parts = list(drawn), [(drawn, labels, shares, lambda rows: rows)]
-    if per:
-        pooled, chosen = per.pool(shares), [name for name in BY_PATIENT if name in drawn]
-        scores |= {name + PATIENT: CLASS_SCORES[name].value(per.labels, pooled) for name in BY_PATIENT}
-        heads += [name + PATIENT for name in chosen]
-        parts.append((chosen, per.labels, pooled, per.patients_of))
-
-    def again(rows):
-        return np.array([CLASS_SCORES[name].value(y[own], s[own]) for names, y, s, of in parts for own in [of(rows)]
-                         for name in names])
-    return Scored(scores, tuple(heads), again, groups)
+    recalls = metrics.recalls(labels, shares.argmax(1), len(classes))       # (K,)
+    scores |= {f"recall {name}": float(value) for name, value in zip(classes, recalls)}
+    heads = tuple(name for name, score in CLASS_SCORES.items() if shares.shape[1] <= score.most_classes)
+    return Scored(scores, heads, lambda rows: np.array([CLASS_SCORES[name].value(labels[rows], shares[rows])
+                                                        for name in heads]), groups)
 
 
-@dataclass
-class Patients:
-    """The test images patient by patient."""
-    member: np.ndarray                          # (N,) which patient, from 0
-    labels: np.ndarray                          # (patients,)
-
-    def pool(self, shares):
-        """Mean class shares of each patient's images, (patients, K)."""
-        sums = np.zeros((len(self.labels), shares.shape[1]))
-        np.add.at(sums, self.member, shares)
-        return sums / np.bincount(self.member)[:, None]
-
-    def patients_of(self, rows):
-        """The patients behind drawn rows, each as often as it was drawn: whole patients are drawn, so that its first
-        image counts the draws."""
-        first = np.zeros(len(self.member), bool)
-        first[np.unique(self.member, return_index=True)[1]] = True
-        return self.member[rows[first[rows]]]
+def by_patient(labels, shares, classes, groups):
+    """One label and the mean class shares for each patient: (patients,), (patients, K)."""
+    patients, start, member, counts = np.unique(groups, return_index=True, return_inverse=True, return_counts=True)
+    own = labels[start]
+    torn = np.flatnonzero(labels != own[member])
+    if len(torn):
+        patient = member[torn[0]]
+        raise UserError(f"--per patient: patient {patients[patient]} has images of class {classes[own[patient]]} and "
+                        f"of class {classes[labels[torn[0]]]}; patients with several classes, as "
+                        f"{len(np.unique(member[torn]))} have here, can be scored by image only")
+    sums = np.zeros((len(patients), shares.shape[1]))
+    np.add.at(sums, member, shares)
+    return own, sums / counts[:, None]
 
 
-def by_patient(labels, groups, classes, rule=None):
-    """One label for each patient. Several are an error; with the rule "max" the highest counts, as with grades."""
-    numbers, member = np.unique(groups, return_inverse=True)
-    highest, lowest = np.full(len(numbers), -1), np.full(len(numbers), len(classes))
-    np.maximum.at(highest, member, labels)
-    np.minimum.at(lowest, member, labels)
-    torn = np.flatnonzero(highest != lowest)
-    if len(torn) and rule != "max":
-        number = torn[0]
-        raise UserError(f"--per patient: patient {numbers[number]} has images of class {classes[lowest[number]]} and "
-                        f"of class {classes[highest[number]]}, and {len(torn) - 1} more have several classes; "
-                        "--patient-label max takes the last of a patient's classes")
-    return Patients(member, highest)
+def score_shares(shares, target):
+    labels, groups = target.test, target.test_groups
+    if target.per_patient:
+        labels, shares = by_patient(labels, shares, target.classes, groups)
+        groups = np.arange(len(labels))
+    return class_scores(labels, shares, target.classes, groups)
+
+
+def even_chance(target):
+    """Balanced accuracy of a guess."""
+    return 1 / len(np.unique(target.test))
+
+
+SHARES = Answers("class shares (images, classes)",
+                 lambda target: np.full((len(target.test), len(target.classes)), 1 / len(target.classes)),
+                 score_shares, lambda shares: np.bincount(shares.argmax(1), minlength=shares.shape[1]) == 0)
 
 
 # ---- masks
@@ -143,13 +139,10 @@ def slice_dice(counts):
     return np.array([metrics.mean_defined(values) for values in metrics.dice_of(*counts.swapaxes(0, 1))[:, 1:]])
 
 
-def never_predicted(answers, classes):
-    """Names of the classes that are there and that no answer names. answers: shares (N, K), or counts (N, 3, K)."""
-    if answers.ndim == 3:
-        predicted, true = answers[:, 1].sum(0) > 0, answers[:, 2].sum(0) > 0
-    else:
-        predicted, true = np.bincount(answers.argmax(1), minlength=len(classes)) > 0, np.ones(len(classes), bool)
-    return [name for name, dead in zip(classes, true & ~predicted) if dead]
+PIXELS = Answers("pixels of each class (images, 3, classes)",
+                 lambda target: np.ones((len(target.test), 3, len(target.classes)), np.int64),
+                 lambda counts, target: mask_scores(counts, target.classes, target.test_groups),
+                 lambda counts: (counts[:, 1].sum(0) == 0) & (counts[:, 2].sum(0) > 0))
 
 
 # ---- differences

@@ -4,33 +4,38 @@ Subsets of the training images are nested (7 images are among the 10 %), by pati
 other) and stratified; they are functions of the seed. Validation and test images are never touched by them.
 """
 
+from collections import namedtuple
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from ..errors import UserError
 
-
-@dataclass(frozen=True)
-class Imbalance:
-    """How rare the rare class is made. ratio: images of each other class for one of the rare class.
-
-    Varying the others keeps the number of rare images the same along the whole series, so that what a ratio does is not
-    mixed with what few rare images do. `most` is the largest ratio of the series: the rare class has as many images as
-    that one allows. Varying the rare class keeps the others at the size of the rare one, and of that one 1 / ratio."""
-    ratio: float
-    most: float
-    varies: str = "others"                      # or rare
+# ratio: images of each other class for one of the rare class. The rare class has the same number of images along the
+# whole series, so that what a ratio does is not mixed with what few rare images do: as many as `most`, the largest
+# ratio of the series, allows.
+Imbalance = namedtuple("Imbalance", "ratio most")
 
 
 @dataclass
 class Target:
-    """What is to be told, and the rows that may be learned from, chosen on, and scored."""
+    """What is asked about the images, and the rows that may be learned from, chosen on, and scored."""
     values: np.ndarray                          # labels (N,) or masks (N, H, W)
     classes: tuple
     strata: np.ndarray                          # (N,) what subsets keep the shares of
+    groups: np.ndarray                          # (N,) patient of each image
     rows: dict                                  # train, val, test
+    per_patient: bool = False                   # whether class shares are averaged over a patient's test images
     orders: dict = field(default_factory=dict)  # of the training rows, by seed and imbalance
+
+    @property
+    def test(self):
+        """What is right for each test image."""
+        return self.values[self.rows["test"]]
+
+    @property
+    def test_groups(self):
+        return self.groups[self.rows["test"]]
 
     @property
     def rare(self):
@@ -38,16 +43,16 @@ class Target:
         counts = np.bincount(self.strata[self.rows["train"]])
         return int(np.where(counts > 0, counts, counts.sum() + 1).argmin())
 
-    def training(self, groups, amount, imbalance, seed):
+    def training(self, amount, imbalance, seed):
         """The images that may be learned from: thinned if there is an imbalance, and of those a share or number."""
         if (seed, imbalance) not in self.orders:
             rows = self.rows["train"]
             if imbalance:
-                rows = self.training(groups, "1.0", None, seed)
+                rows = self.training("1.0", None, seed)
                 rows = thinned(rows, self.strata[rows], self.rare, imbalance)
-            self.orders[seed, imbalance] = in_order(rows, groups[rows], self.strata[rows], seed)
+            self.orders[seed, imbalance] = in_order(rows, self.groups[rows], self.strata[rows], seed)
         order = self.orders[seed, imbalance]
-        return prefix(order, groups[order], amount)
+        return prefix(order, self.groups[order], amount)
 
 
 def find_target(dataset, groups, kind, note):
@@ -56,9 +61,11 @@ def find_target(dataset, groups, kind, note):
     values, name = getattr(dataset, kind), dataset.name
     usable, strata, classes, held = about_labels(dataset) if kind == "labels" else about_masks(dataset)
     rows = {split: dataset.rows(split)[usable[dataset.rows(split)]] for split in ("train", "val", "test")}
-    for split in ("train", "test"):
-        if not len(rows[split]):
-            raise UserError(f"{name}: no image of the {split} split has a {kind[:-1]}")
+    patients = {split: len(np.unique(groups[own])) for split, own in rows.items()}
+    if not patients["test"] or patients["train"] < (1 if patients["val"] else 2):
+        there = ", ".join(f"{number} in {split}" for split, number in patients.items())
+        raise UserError(f"{name}: patients with {kind}: {there}; needed is one in each split at least, or two in train "
+                        "and one in test")
     if not len(rows["val"]):
         order = in_order(rows["train"], groups[rows["train"]], strata[rows["train"]], 0)
         rows["val"] = prefix(order, groups[order], "0.15")
@@ -73,10 +80,9 @@ def find_target(dataset, groups, kind, note):
         if absent:
             effect = "never predicted, and scored 0 where it occurs" if split == "train" else "left out of the means"
             note(f"no image of the {split} split holds class {', '.join(absent)}: {effect}")
-    patients = len(np.unique(groups[rows["test"]]))
-    if patients < 20:
-        note(f"the test split has {patients} patients with {kind}: fewer than 20 give too short intervals")
-    return Target(values, classes, strata, rows)
+    if patients["test"] < 20:
+        note(f"the test split has {patients['test']} patients with {kind}: fewer than 20 give too short intervals")
+    return Target(values, classes, strata, groups, rows)
 
 
 def about_labels(dataset):
@@ -120,7 +126,7 @@ def in_order(rows, groups, strata, seed, tries=16):
 
 def prefix(order, groups, amount):
     """The first rows of an order: "0.25" the whole patients that come nearest to this share of the images, "7n" seven
-    images, and with them the patients begun. groups: the patient of each row in this order."""
+    images, the last of them perhaps a part of a patient. groups: the patient of each row in this order."""
     if amount.endswith("n"):
         if int(amount[:-1]) > len(order):
             raise UserError(f"--labels {amount}: there are {len(order)} labelled training images")
@@ -132,17 +138,13 @@ def prefix(order, groups, amount):
 def thinned(order, labels, rare, imbalance):
     """The first rows of each class of an order. labels: of these rows."""
     counts = np.bincount(labels)
-    if imbalance.varies == "rare":
-        keep = np.full(len(counts), counts[rare])
-        keep[rare] = max(1, round(counts[rare] / imbalance.ratio))
-    else:
-        others = min(count for c, count in enumerate(counts) if count and c != rare)
-        few = min(counts[rare], int(others / imbalance.most))
-        if not few:
-            raise UserError(f"--imbalance {imbalance.most:g}: the smallest of the other classes has {others} training "
-                            "images, too few for this ratio; take a smaller one, or --imbalance-varies rare")
-        keep = np.full(len(counts), round(few * imbalance.ratio))
-        keep[rare] = few
+    others = min(count for c, count in enumerate(counts) if count and c != rare)
+    few = min(counts[rare], int(others / imbalance.most))
+    if not few:
+        raise UserError(f"--imbalance {imbalance.most:g}: the smallest of the other classes has {others} training "
+                        "images, too few for this ratio; take a smaller one")
+    keep = np.full(len(counts), round(few * imbalance.ratio))
+    keep[rare] = few
     place = np.empty(len(order), int)                                       # how many of its class came before
     for c in np.unique(labels):
         place[labels == c] = np.arange((labels == c).sum())
