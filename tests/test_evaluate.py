@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import evaluate
-from medssl.common import cli, encoders, metrics, pen, plots
+from medssl.common import cli, encoders, metrics, pictures
 from medssl.common.data import Dataset
 from medssl.common.evaluation import keep, readouts, report, scores, study, subsets, tasks
 from medssl.common.evaluation.study import Cell, Model, Settings, Study
@@ -72,10 +72,9 @@ def npz(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="module")
 def small(tmp_path_factory):
-    """One cache for all tests, smaller networks under the names tiny and resnet18, intervals from few draws, two
-    strengths of the linear probe's penalty to choose from, and pictures drawn at their own size, not at twice."""
+    """One cache for all tests, smaller networks under the names tiny and resnet18, intervals from few draws, and two
+    strengths of the linear probe's penalty to choose from."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pen, "SCALE", 1)
         patch.setitem(encoders.ENCODERS, "resnet18", encoders.ENCODERS["tiny"])
         patch.setitem(encoders.ENCODERS, "tiny", TINY)
         patch.setenv("MEDSSL_CACHE", str(tmp_path_factory.mktemp("cache")))
@@ -394,8 +393,8 @@ def test_intervals_draw_whole_patients():
 
 def test_each_seed_has_its_own_order_and_head(home, monkeypatch):
     """And bars are drawn of the models that were fitted only."""
-    tune, bars, seen, drawn = readouts.tune, plots.bars, [], []
-    monkeypatch.setattr(plots, "bars", lambda chart, path: drawn.append(chart.groups) or bars(chart, path))
+    tune, bars, seen, drawn = readouts.tune, pictures.bars, [], []
+    monkeypatch.setattr(pictures, "bars", lambda chart, path: drawn.append(chart.groups) or bars(chart, path))
     monkeypatch.setattr(readouts, "tune", lambda method, *rest: seen.append(
         (rest[3].config.seed, readouts.fingerprint(method.head))) or tune(method, *rest))
     run(home / "run", "--task", "finetune", "--out", "out", *FAST)

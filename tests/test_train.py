@@ -19,7 +19,7 @@ import medssl
 import train
 from medssl import METHODS, byol
 from medssl import __main__ as portraits
-from medssl.common import cli, data, encoders, features, files, loop, metrics, pen, presets, settings
+from medssl.common import cli, data, encoders, features, files, loop, metrics, presets, settings
 from medssl.common.data import prepare
 from medssl.common.monitor import Monitor
 from tests.common import TINY, Flip, batch
@@ -41,8 +41,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
-    """With a smaller network under the name tiny, and pictures drawn at their own size, not at twice."""
-    monkeypatch.setattr(pen, "SCALE", 1)
+    """With a smaller network under the name tiny."""
     monkeypatch.setitem(encoders.ENCODERS, "tiny", TINY)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MEDSSL_CACHE", str(tmp_path / "cache"))

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from .. import feed, metrics, plots, sheets
+from .. import feed, metrics, pictures
 from . import robustness
 from .report import chance_of, describe, rare_recall
 from .study import file_name
@@ -39,7 +39,7 @@ def draw(study, records, summaries):
         draw_fits(study, [r for r in records if r.cell == start.cell], path)
     spectra = {r.model: r.spectrum for r in records if r.spectrum is not None and r.seed == 0}
     if spectra:
-        plots.spectrum_chart(spectra, path("spectrum"))
+        pictures.spectrum_chart(spectra, path("spectrum"))
     return names
 
 
@@ -55,7 +55,7 @@ def draw_fits(study, records, path):
         elif target and r.answers.ndim == 2:
             counts = metrics.confusion(target.values[target.rows["test"]], r.answers.argmax(1), len(target.classes))
             title = f"{study.dataset.name}, test: {TASKS[task].title}, {r.model}"
-            plots.confusion_picture(counts, target.classes, path(f"confusion-{task}-{r.model}"), title)
+            pictures.confusion_picture(counts, target.classes, path(f"confusion-{task}-{r.model}"), title)
 
 
 def draw_examples(study, examples, path):
@@ -63,7 +63,7 @@ def draw_examples(study, examples, path):
     titles = [f"{name}, Dice {dice:.3f}" for name, dice in zip(("best", "median", "worst"), examples["dice"])]
     images = feed.batch(study.dataset.images, rows, "cpu")
     masks = {"truth": target.values[rows], "prediction": examples["predictions"]}
-    sheets.overlays(images, masks, target.classes, titles, path)
+    pictures.overlays(images, masks, target.classes, titles, path)
 
 
 def title_of(study, summary):
@@ -98,7 +98,7 @@ def draw_scores(study, summaries, path):
         ends = [own[n].interval[start.main] if n in own else (math.nan, math.nan) for n in names]
         intervals[label], chances = list(zip(*ends)), chances | levels(study, task)
     title = f"{study.dataset.name}: test split, 95 % intervals by patient"
-    plots.bars(plots.Bars(names, series, title, "score", intervals, chances), path)
+    pictures.bars(pictures.Bars(names, series, title, "score", intervals, chances), path)
 
 
 def draw_series(study, summaries, axis, path):
@@ -114,15 +114,15 @@ def draw_series(study, summaries, axis, path):
     lines = {name: own for name, own in lines.items() if own}
     xs = {name: [place(s) for s in own] for name, own in lines.items()}
     shared = {"log_x": axis in ("labels", "imbalance"), "x_label": AXES[axis]}
-    charts = [plots.Chart({name: (xs[name], [band(s)[0] for s in own]) for name, own in lines.items()}, **shared,
+    charts = [pictures.Chart({name: (xs[name], [band(s)[0] for s in own]) for name, own in lines.items()}, **shared,
                           bands={name: tuple(zip(*(band(s)[1:] for s in own))) for name, own in lines.items()},
                           title=f"{title_of(study, start)}; {band_words(start.seeds)}", y_label=WORDS[start.main],
                           horizontal=levels(study, start.cell.task))]
     if axis == "imbalance":
         rare = rare_recall(study)
         series = {name: (xs[name], [s.mean(rare) for s in own]) for name, own in lines.items()}
-        charts.append(plots.Chart(series, "the class that is made rare", y_label=rare, **shared))
-    plots.panels(charts, path, size=(760, 460))
+        charts.append(pictures.Chart(series, "the class that is made rare", y_label=rare, **shared))
+    pictures.panels(charts, path, size=(760, 460))
 
 
 def draw_steps(study, summaries, path):
@@ -133,7 +133,7 @@ def draw_steps(study, summaries, path):
     for m in sorted((m for m in study.models if m.step is not None and m.name in own), key=lambda m: m.step):
         runs.setdefault(str(m.name).split("@")[0], []).append((m.step, *own[m.name]))
     random = {m.name: own[m.name][0] for m in study.models if m.random and m.name in own}
-    plots.curves({name: tuple(zip(*points))[:2] for name, points in runs.items()}, path,
+    pictures.curves({name: tuple(zip(*points))[:2] for name, points in runs.items()}, path,
                  f"{title_of(study, start)}; {band_words(start.seeds)}", "steps of pretraining", WORDS[start.main],
                  bands={name: tuple(zip(*points))[2:] for name, points in runs.items()},
                  horizontal=random | levels(study, start.cell.task))
@@ -145,9 +145,9 @@ def draw_robustness(study, summaries, path):
     for name in robustness.CHANGES:
         keys = ["balanced_accuracy", *(f"{name} {strength}" for strength in robustness.STRENGTHS)]
         series = {s.model: (steps, [s.mean(key) for key in keys]) for s in summaries if s.cell == start.cell}
-        charts.append(plots.Chart(series, f"{study.dataset.name}: test images {name}", "strength (0: as they are)",
+        charts.append(pictures.Chart(series, f"{study.dataset.name}: test images {name}", "strength (0: as they are)",
                                   "balanced accuracy", horizontal=levels(study, "robustness")))
-    plots.panels(charts, path, columns=2)
+    pictures.panels(charts, path, columns=2)
 
 
 def draw_convergence(study, records, path):
@@ -161,4 +161,4 @@ def draw_convergence(study, records, path):
     title = (f"{study.dataset.name}, validation: {TASKS[cell.task].title}, {describe(cell)}; "
              f"{band_words(len({r.seed for r in records}))}")
     score = "balanced_accuracy" if TASKS[cell.task].target == "labels" else "dice"
-    plots.curves(series, path, title, "epochs", WORDS[score], bands=bands, horizontal=levels(study, cell.task))
+    pictures.curves(series, path, title, "epochs", WORDS[score], bands=bands, horizontal=levels(study, cell.task))
