@@ -22,25 +22,9 @@ from PIL import Image, ImageDraw
 
 import train
 from medssl import METHODS
-from medssl.common import data, encoders, feed, files, settings
+from medssl.common import data, encoders, feed, files, pictures, settings
 from medssl.common.errors import UserError
-from medssl.common.pictures import (
-    COLOURS,
-    EDGE,
-    GREY,
-    INK,
-    LARGE,
-    PALE,
-    as_picture,
-    few_colours,
-    greyed,
-    height_of,
-    paper,
-    save,
-    sort_views,
-    wrap,
-    write,
-)
+from medssl.common.pictures import COLOURS, EDGE, GREY, INK, PALE, as_picture, height_of, paper, wrap, write
 
 BLUE, ORANGE = COLOURS[:2]
 WIDTH, LEFT, GAP, TILE = 1760, 250, 24, 256     # of the page, the words beside its rows, and tiles: at twice the size
@@ -50,14 +34,14 @@ COUNT = 96                                      # images that are asked about
 # ---- what networks say
 
 class Look:
-    """One network, its outputs for the views, and what the named parts of it said: a list of (rows, D), in their order."""
+    """One network, its outputs for the views, and what the named parts of it said: (rows, D) each, in their order."""
 
     @torch.no_grad()
     def __init__(self, name, method, views, parts):
-        self.name, self.method, self.said = name, method, []
+        self.name, self.method = name, method
         said = {part: [] for part in parts}
-        hooks = [method.get_submodule(part).register_forward_hook(lambda _, given, answer, part=part:
-                                                                  said[part].append(answer.float())) for part in said]
+        hooks = [method.get_submodule(part).register_forward_hook(
+            lambda _, given, answer, part=part: said[part].append(answer.float())) for part in said]
         self.outs = method.train()(*views)
         for hook in hooks:
             hook.remove()
@@ -86,7 +70,7 @@ def views_of(method, dataset, rows):
     """The augmented images of which the views are made (B, C, h, w), and the views."""
     kept, augment, groups = [], method.augment, None if dataset.groups is None else dataset.groups
     dataset.groups, method.augment = None, lambda images, **words: kept.append(augment(images, **words)) or kept[-1]
-    views = feed.make_views(method, feed.batch(dataset.images, rows, "cpu"), dataset, rows)     # nobody's number is shown
+    views = feed.make_views(method, feed.batch(dataset.images, rows, "cpu"), dataset, rows)     # no patient numbers
     dataset.groups, method.augment = groups, augment
     views = [torch.arange(len(view)) if is_order(view) else view for view in views]     # all is said in this order
     return kept[0][0] if isinstance(kept[0], tuple) else kept[0], views
@@ -116,13 +100,14 @@ def page(looks, question, rows, note="", left=LEFT):
     """Headed by what the method says of itself. rows: (words beside it, tiles)."""
     cls, room = type(looks[0].method), WIDTH - 2 * EDGE
     first = re.split(r"[.;] |$", (cls.__doc__ or "").splitlines()[0].rstrip("."))[0]            # its first sentence
-    head, question, note = wrap(f"{cls.__name__}: {first}", room, LARGE), wrap(question, room), wrap(note, room)
+    head = wrap(f"{cls.__name__}: {first}", room, pictures.LARGE)
+    question, note = wrap(question, room), wrap(note, room)
     rows = [("\n".join(wrap(line, left - GAP) for line in words.split("\n")), tiles) for words, tiles in rows]
     heights = [GAP + max([height_of(words), *(tile.height for tile in tiles)]) for words, tiles in rows]
-    y = EDGE + height_of(head, LARGE) + height_of(question) + GAP
+    y = EDGE + height_of(head, pictures.LARGE) + height_of(question) + GAP
     image, pen = paper(WIDTH, y + sum(heights) + height_of(note) + EDGE)
-    write(pen, (EDGE, EDGE), head, size=LARGE)
-    write(pen, (EDGE, EDGE + height_of(head, LARGE) + 4), question)
+    write(pen, (EDGE, EDGE), head, size=pictures.LARGE)
+    write(pen, (EDGE, EDGE + height_of(head, pictures.LARGE) + 4), question)
     for (words, tiles), height in zip(rows, heights):
         write(pen, (EDGE, y), words)
         for number, tile in enumerate(tiles):
@@ -143,9 +128,9 @@ def below(images):
 
 
 def tile(values, side=TILE, frame=PALE, width=2):
-    """(C, H, W) in [0, 1] as a framed picture of this side."""
-    picture = as_picture(values, 1, 4096).resize((side, side), Image.NEAREST)
-    ImageDraw.Draw(picture).rectangle([0, 0, side - 1, side - 1], None, frame, width)
+    """(C, H, W) in [0, 1] as a framed picture of this width."""
+    picture = as_picture(values, 1, 4096).resize((side, round(side * values.shape[1] / values.shape[2])), Image.NEAREST)
+    ImageDraw.Draw(picture).rectangle([0, 0, side - 1, picture.height - 1], None, frame, width)
     return picture
 
 
@@ -165,16 +150,17 @@ def shade(value):
 
 
 def draw_views(seen, views, looks):
-    rows = [(f"view {number}", list(map(tile, view[:5]))) for number, view in enumerate(sort_views(views)[0], 1)]
+    shown = pictures.sort_views(views)[0]
+    rows = [(f"view {number}", list(map(tile, view[:5]))) for number, view in enumerate(shown, 1)]
     return page(looks, "What goes in.", rows)
 
 
 # ---- restoring
 
 def draw_restored(seen, views, looks, count=5):
-    (given, *_), masks, _ = sort_views(views)
+    (given, *_), masks, _ = pictures.sort_views(views)
     for mask in masks:
-        given = greyed(given, mask)
+        given = pictures.greyed(given, mask)
     rows = [("image", seen), ("what goes in", given), *((look.heading(), look.outs["restored"]) for look in looks)]
     return page(looks, "Asked: what did the image look like?" + " Grey cells are hidden." * bool(masks),
                 [(words, list(map(tile, pictures[:count]))) for words, pictures in rows], "Rows of a network: what it "
@@ -209,23 +195,16 @@ def bars(shares, true, high=140):
 def draw_patches(seen, views, looks, count=5):
     """Two patches of an image, and the shares of the eight places where the second may lie."""
     centre, other, truth = views
+    both = torch.cat([centre, torch.ones_like(centre)[..., :2], other], 3)  # (B, C, h, 2 w + 2) side by side
     rows = [("image", [marked(*each) for each in zip(seen[:count], centre, other)]),
-            ("what goes in", [beside(tile(one, 122, BLUE, 6), tile(two, 122, ORANGE, 6))
-                              for one, two in zip(centre[:count], other)])]
+            ("what goes in:\nblue, orange", list(map(tile, both[:count])))]
     for look in looks:
         shares = look.said[0].softmax(1)                                    # (B, 8)
         tiles = [around(share.tolist(), int(true)) for share, true in zip(shares[:count], truth)]
         rows.append((look.heading(shares.argmax(1) == truth), tiles))
-    return page(looks, "Asked: on which of eight sides of the blue patch does the orange one lie?", rows, "Numbers: how "
-                "sure the network is of each place around the blue patch, in per cent. Framed in orange: where the "
+    return page(looks, "Asked: on which of eight sides of the blue patch does the orange one lie?", rows, "Numbers: "
+                "how sure the network is of each place around the blue patch, in per cent. Framed in orange: where the "
                 "second patch lies.")
-
-
-def beside(*tiles):
-    image, _ = paper(TILE, tiles[0].height)
-    for number, each in enumerate(tiles):
-        image.paste(each, (number * (each.width + 12), 0))
-    return image
 
 
 def marked(image, *patches):
@@ -276,8 +255,9 @@ def draw_puzzle(seen, views, looks, count=5):
         image, place = torch.arange(len(order))[:, None], order.argsort(1)
         rows.append((look.heading(~wrong) + " tiles",
                      [lattice(*each) for each in zip(back[image, place][:count], wrong[image, place])]))
-    return page(looks, f"Asked: in which of {len(orders)} orders do the tiles lie?" + " Which are mirrored?" * bool(more),
-                rows, "Rows of a network: the tiles put back as it says. Framed in orange: tiles that it has wrong.")
+    also = " Which are mirrored?" if more else ""
+    return page(looks, f"Asked: in which of {len(orders)} orders do the tiles lie?{also}", rows,
+                "Rows of a network: the tiles put back as it says. Framed in orange: tiles that it has wrong.")
 
 
 def lattice(tiles, wrong=None):
@@ -295,7 +275,8 @@ def lattice(tiles, wrong=None):
 
 def cosines(look, count):
     """(B, B): view 1 as rows, and what it is held against as columns, of the two parts that were listened to."""
-    rows, columns = (F.normalize(said.reshape(-1, count, said.shape[1])[view], dim=1) for view, said in enumerate(look.said))
+    rows, columns = (said.reshape(-1, count, said.shape[1]) for said in look.said)              # (V, B, D) each
+    rows, columns = F.normalize(rows[0], dim=1), F.normalize(columns[-1 if len(columns) == 1 else 1], dim=1)
     return rows @ columns.T
 
 
@@ -304,21 +285,23 @@ def places(similarity):
     return 1 + (similarity > similarity.diagonal()[:, None]).sum(1)         # (B,)
 
 
-def own_first(similarity, what="partner"):
-    place = places(similarity)
-    return f"own {what} nearest: {int((place == 1).sum())} of {len(place)}; median place {int(place.median())}"
-
-
 def draw_pairs(seen, views, looks, count=10):
-    """A matrix of cosines for each network, with the views beside and above."""
-    tiles = []
+    """Cosines of two networks, with the views beside and above; of further networks a small matrix."""
+    large, small = [], []
     for look in looks:
-        matrix = cosines(look, len(seen))
-        tiles.append(captioned(lattice_of(matrix[:count, :count], views[:2]), look.heading().replace("\n", ", "),
-                               own_first(matrix)))
-    return page(looks, "Asked: do two views of an image agree? Rows: view 1. Columns: view 2.", [("", tiles)],
-                "Numbers: cosines. Blue: alike. White: nothing in common. Orange: opposite. Framed: two views of the "
-                "same image.", 0)
+        matrix, lines = cosines(look, len(seen)), look.heading().split("\n")
+        place = places(matrix)
+        middle = f"median place {int(place.median())}"
+        found = f"nearest: {int((place == 1).sum())} of {len(place)}"
+        if len(large) < 2:
+            words = ", ".join(lines), f"{found}; {middle}"
+            large.append(captioned(lattice_of(matrix[:count, :count], views[:2]), *words))
+        else:
+            small.append(captioned(lattice_of(matrix[:count, :count], cell=24), lines[0], found, middle))
+    return page(looks, "Asked: do two views of an image agree? Rows: view 1. Columns: view 2.",
+                [("", large), ("", small)], "Numbers: cosines. Blue: alike. White: nothing in common. Orange: "
+                "opposite. Framed: two views of the same image. Nearest: how often these have the largest cosine of "
+                "all; place: where they stand among all.", 0)
 
 
 def lattice_of(matrix, views=None, cell=74):
@@ -337,36 +320,7 @@ def lattice_of(matrix, views=None, cell=74):
     return image
 
 
-def draw_family(seen, views, looks, count=10):
-    """The first two looks are one method before and after training; of the others a small matrix each."""
-    head = draw_pairs(seen, views, looks[:2], count)
-    small = []
-    for look in looks[1:]:
-        matrix = cosines(look, len(seen))
-        place = places(matrix)
-        small.append(captioned(lattice_of(matrix[:count, :count], cell=26), look.name, f"nearest: "
-                               f"{int((place == 1).sum())} of {len(place)}", f"median place {int(place.median())}"))
-    row, _ = paper(WIDTH, max(each.height for each in small) + EDGE)
-    for number, each in enumerate(small):
-        row.paste(each, (EDGE + number * (each.width + 20), 0))
-    return below([head, row])
-
-
-def draw_keys(seen, views, looks, count=5):
-    """Queries, their own keys, and the nearest of all keys of this batch."""
-    rows = [("query", list(map(tile, views[0][:count]))), ("its own key", list(map(tile, views[1][:count])))]
-    for look in looks:
-        similarity = look.outs["embedding"].float() @ look.outs["keys"].float().T               # (B, B)
-        nearest, place = similarity.argmax(1), places(similarity)
-        rows.append((f"{look.heading()}\n{own_first(similarity, 'key')}\nnearest key:", [
-            captioned(tile(views[1][nearest[n]], TILE, *((BLUE, 8) if place[n] == 1 else ())),
-                      "own key" if place[n] == 1 else f"own key: place {place[n]}") for n in range(count)]))
-    return page(looks, f"Asked: which of {len(seen)} keys comes from the same image as the query?", rows,
-                "Framed: the query's own key. The queue holds embeddings and no pictures: the keys of one batch stand in "
-                "for it.")
-
-
-def draw_clusters(seen, views, looks, count=4, most=5):
+def draw_clusters(seen, views, looks, count=3, most=6):
     """For each network some prototypes, a row each, and the images that are nearest to them."""
     rows, shown = [], views[0]
     for look in looks:
@@ -384,22 +338,21 @@ def draw_clusters(seen, views, looks, count=4, most=5):
 # ---- regions
 
 def draw_places(seen, views, looks, count=2, most=6):
-    """Dots on regions of view 1, where they lie in view 2, and where networks take them to lie; a row for each image."""
+    """A row for each image: regions of view 1, where they lie in view 2, and where networks take them to lie."""
     first, second, _, _, *points, valid = views                             # valid (B, R)
     points = [each.unflatten(1, (-1, 9)).mean(2) for each in points]        # 2 x (B, R, 2) middles of regions
     best = valid.sum(1).clamp(max=most).argsort(descending=True, stable=True)[:count].tolist()
-    chosen = {image: spread_out(points[0][image], valid[image], most) for image in best}
-    columns = [[captioned(dotted(view[image], [at[image, r] for r in chosen[image]]), words, "", "")
-                for image in best]
+    chosen = {image: spread_out(points[1][image], valid[image], most) for image in best}
+    columns = [[captioned(dotted(view[image], at[image, chosen[image]]), words, "", "") for image in best]
                for words, view, at in (("view 1", first, points[0]), ("view 2: the truth", second, points[1]))]
     for look in looks:
         ours, theirs = (F.normalize(said, dim=-1) for said in look.said)    # (B, R, D)
         answer = (ours @ theirs.mT).masked_fill(~valid[:, None], -2).argmax(2)                  # (B, R)
         right = (answer == torch.arange(valid.shape[1]))[valid]
-        columns.append([captioned(dotted(second[image], [points[1][image, answer[image, r]] for r in chosen[image]],
-                                         [points[1][image, r] for r in chosen[image]]), f"view 2: {look.name}",
-                                  f"loss {float(look.outs['loss']):.3g}, chance {float(look.outs['chance']):.3g}",
-                                  f"right: {int(right.sum())} of {len(right)}") for image in best])
+        words = f"view 2: {look.heading(right)}".split("\n")               # name, loss, chance, right
+        columns.append([captioned(dotted(second[image], points[1][image, answer[image, chosen[image]]],
+                                         points[1][image, chosen[image]]), words[0], ", ".join(words[1:3]), words[3])
+                        for image in best])
     return page(looks, "Asked: which region of view 2 is each region of view 1? Same number, same region.",
                 [("", row) for row in zip(*columns)], "View 2 of a network: a dot where it takes the region to lie; a "
                 "line leads to where it does lie.", 0)
@@ -407,11 +360,10 @@ def draw_places(seen, views, looks, count=2, most=6):
 
 def spread_out(points, valid, most):
     """Numbers of up to `most` valid points (R, 2), each far from those before."""
-    left = torch.nonzero(valid).flatten().tolist()
-    chosen = left[:1]
-    while len(chosen) < min(most, len(left)):
-        chosen.append(max((r for r in left if r not in chosen),
-                          key=lambda r: float((points[chosen] - points[r]).norm(dim=1).min())))
+    chosen = torch.nonzero(valid).flatten()[:1].tolist()
+    while len(chosen) < min(most, int(valid.sum())):
+        far = torch.cdist(points, points[chosen]).amin(1)                   # (R,)  0 for those chosen
+        chosen.append(int(far.masked_fill(~valid, -1).argmax()))
     return chosen
 
 
@@ -434,9 +386,9 @@ DRAWN = {"rotation": (draw_answers, "head"), "relative": (draw_patches, "head"),
          **dict.fromkeys(("autoencoder", "genesis", "spark", "pcrl"), (draw_restored,)),
          **dict.fromkeys(("simclr", "dcl", "vicreg", "lejepa"), (draw_pairs, "projector", "projector")),
          "simsiam": (draw_pairs, "predictor", "projector"), "byol": (draw_pairs, "predictor", "target_projector"),
-         "swav": (draw_clusters, "projector"), "moco": (draw_keys,),
+         "moco": (draw_pairs, "projector", "key_projector"), "swav": (draw_clusters, "projector"),
          "medmoco": (draw_places, "local_projector", "key_local_projector")}
-FAMILY = "simclr", "dcl", "vicreg", "lejepa", "simsiam", "byol"             # two views: one picture for all
+FAMILY = "simclr", "dcl", "moco", "vicreg", "lejepa", "simsiam", "byol"     # two views: one picture for all
 STEPS = {"simclr": 500, "dcl": 800, "vicreg": 600, "simsiam": 600, "byol": 400, "moco": 500, "medmoco": 500,
          "rubik": 500, "genesis": 400}                                      # of the trainings for these pictures; else:
 LENGTH = 300
@@ -483,14 +435,16 @@ def family():
             torch.manual_seed(0)
             seen, views = views_of(networks["random network"], dataset, some_rows(dataset))
             looks.append(Look("random network", networks["random network"], views, DRAWN[name][1:]))
-        looks.append(Look(name, [*networks.values()][1], views, DRAWN[name][1:]))
-    return draw_family(seen, views, looks)
+        network = [*networks.values()][1]
+        more = views_of(network, dataset, some_rows(dataset))[1][2:]        # what it sees beside two pictures
+        looks.append(Look(name, network, [*views[:2], *more], DRAWN[name][1:]))
+    return draw_pairs(seen, views, looks)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("method", nargs="?", help=f"a method, or several joined by +; family: {', '.join(FAMILY)} in one "
-                        "picture; left out: all pictures of docs/methods.md")
+    parser.add_argument("method", nargs="?", help=f"a method, or several joined by +; family: {', '.join(FAMILY)} "
+                        "in one picture; left out: all pictures of docs/methods.md")
     parser.add_argument("--data", help="folder of images (default: the run's own, phantoms)")
     parser.add_argument("--run", help="of train.py (default: a short training)")
     parser.add_argument("--out", type=Path, help="default: docs/methods/METHOD.png")
@@ -502,8 +456,8 @@ def main(argv=None):
         else:
             dataset, networks = networks_of(args.run or trained(name, args.data or "phantoms"), name, args.data)
             image = portrait(networks, name, dataset, some_rows(dataset))
-        save(image.reduce(2), path)
-        few_colours(path)
+        pictures.save(image.reduce(2), path)
+        pictures.few_colours(path)
         print(path)
 
 

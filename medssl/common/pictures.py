@@ -1,7 +1,7 @@
 """Pictures, drawn with Pillow alone: line charts, dots with intervals, a confusion matrix, sheets of images.
 
-Everything is drawn at twice its size and reduced at the end, which smooths edges: lengths here are of the large picture.
-The colours are those of Okabe and Ito, told apart with every kind of colour vision. A file appears whole or not at all.
+Charts are drawn at twice their size and reduced at the end, which smooths edges: lengths are of the large picture. The
+colours are those of Okabe and Ito, told apart with every kind of colour vision. A file appears whole or not at all.
 """
 
 import functools
@@ -35,7 +35,7 @@ def write(pen, at, text, colour=INK, anchor="la", size=SMALL):
 
 def wrap(text, width, size=SMALL):
     """The text in lines of about this width."""
-    return textwrap.fill(str(text), max(3, int(width / size / 0.5)))       # letters are half as wide as high, on average
+    return textwrap.fill(str(text), max(3, int(width / size / 0.5)))       # letters are half as wide as high
 
 
 def height_of(text, size=SMALL):
@@ -191,8 +191,7 @@ def curves(series, path, title="", x_label="", y_label="", **words):
 
 
 def spectrum_chart(spectra, path, title="Singular values of the covariance of the normalised features"):
-    """{name: singular values}: powers of ten against the rank; what is below 1e-10 of the largest is round-off and drawn
-    there."""
+    """{name: singular values}: powers of ten against the rank; below 1e-10 of the largest is round-off, drawn there."""
     spectra = {name: np.sort(array(values).astype(float))[::-1] for name, values in spectra.items()}
     floor = 1e-10 * max((np.nanmax(values, initial=0) for values in spectra.values()), default=0) or 1e-10
     series = {name: (np.arange(1, len(values) + 1), np.log10(np.maximum(values, floor)))
