@@ -32,7 +32,7 @@ from medssl.common.monitor import Monitor
 
 PAGE = ROOT / "docs" / "tour.md"
 CPU = torch.device("cpu")
-SHARES = 0.05, 0.2, 1.0                                                     # of the training patients, with labels
+SHARES = 0.1, 0.25, 1.0                                                     # of the training patients, with labels
 
 
 @dataclass
@@ -90,31 +90,42 @@ def walk(w):
     wrong_turn(w)
     labels(w, networks, known)
     for path in w.folder.glob("*.png"):
-        pictures.few_colours(path)
+        pictures.few_colours(path, 100)
 
 
 # ---- images and views
 
 def draw_images(w, count=4):
-    """Step 1: a row for each class, whole images and beside each the middle of its lesion, enlarged."""
-    lesions, rows = lesions_of(len(w.dataset), w.size), []
+    """Step 1: a row for each class; whole images, and beside each what lies around its lesion, enlarged."""
+    lesions, side, rows = lesions_of(len(w.dataset), w.size), w.size // 4, []
     for number, name in enumerate(w.dataset.classes):
+        tiles, met = [], set()
         own = [row for row in w.learnt if w.dataset.labels[row] == number]
-        own = sorted(own, key=lambda row: -lesions[row].sum())[:count]      # the largest lesions
-        tiles = []
-        for image, lesion in zip(feed.batch(w.dataset.images, own, CPU), lesions[own]):
-            y, x = (int(np.median(axis)) for axis in np.nonzero(lesion)) if lesion.any() else (w.size // 2,) * 2
-            half = w.size // 8
-            top, left = (min(max(at - half, 0), w.size - 2 * half) for at in (y, x))
-            frame = [4 * left, 4 * top, 4 * (left + 2 * half), 4 * (top + 2 * half)]
-            whole = pictures.as_picture(image, 4 * w.size, 4 * w.size)
-            portraits.ImageDraw.Draw(whole).rectangle(frame, None, pictures.COLOURS[1], 3)
-            near = portraits.tile(image[:, top:top + 2 * half, left:left + 2 * half], whole.width // 2)
-            tiles += [whole.resize(near.size, Image.BOX), near]
-        rows += [(name, torch.stack([torch.from_numpy(np.array(tile)).permute(2, 0, 1) / 255 for tile in tiles]))]
+        for row in sorted(own, key=lambda row: -lesions[row].sum()):        # from each patient the largest that fits
+            top, left = corner_of(lesions[row], side)
+            rest = lesions[row].sum() - lesions[row, top:top + side, left:left + side].sum()
+            if rest == 0 and w.dataset.groups[row] not in met and len(met) < count:
+                met.add(w.dataset.groups[row])
+                tiles += shown(feed.batch(w.dataset.images, [row], CPU)[0], top, left, side)
+        rows += [(name, torch.stack(tiles))]                                # (2 count, 3, 128, 128)
     pictures.sheet(rows, w.folder / "images.png")
     counts = np.bincount(w.dataset.labels, minlength=len(w.dataset.classes))
     w.facts["classes"] = ", ".join(f"{count} {name}" for count, name in zip(counts, w.dataset.classes))
+
+
+def corner_of(lesion, side):
+    """Of a square of this side around the middle of the lesion (H, W), or of the image where there is none."""
+    middles = [(axis.min() + axis.max() + 1) // 2 for axis in np.nonzero(lesion if lesion.any() else lesion + 1)]
+    return [min(max(middle - side // 2, 0), len(lesion) - side) for middle in middles]
+
+
+def shown(image, top, left, side):
+    """The image (1, H, W) with a frame, and what is in the frame, both as (3, 128, 128)."""
+    whole, scale = portraits.tile(image, 256), 256 / image.shape[2]
+    frame = [scale * left, scale * top, scale * (left + side), scale * (top + side)]
+    portraits.ImageDraw.Draw(whole).rectangle(frame, None, pictures.COLOURS[1], 4)
+    near = portraits.tile(image[:, top:top + side, left:left + side], 256)
+    return [torch.from_numpy(np.array(tile.reduce(2))).permute(2, 0, 1) / 255 for tile in (whole, near)]
 
 
 def lesions_of(count, size):
