@@ -161,7 +161,8 @@ def draw_restored(seen, views, looks, count=5):
     (given, *_), masks, _ = pictures.sort_views(views)
     for mask in masks:
         given = pictures.greyed(given, mask)
-    rows = [("image", seen), ("what goes in", given), *((look.heading(), look.outs["restored"]) for look in looks)]
+    rows = [("image", seen)] + [("what goes in", given)] * (not np.array_equal(seen, given))
+    rows += [(look.heading(), look.outs["restored"]) for look in looks]
     return page(looks, "Asked: what did the image look like?" + " Grey cells are hidden." * bool(masks),
                 [(words, list(map(tile, pictures[:count]))) for words, pictures in rows], "Rows of a network: what it "
                 "paints." + " Hidden cells have their true mean and contrast, visible ones are copied." * bool(masks))
@@ -320,7 +321,7 @@ def lattice_of(matrix, views=None, cell=74):
     return image
 
 
-def draw_clusters(seen, views, looks, count=3, most=6):
+def draw_clusters(seen, views, looks, count=3, most=5):
     """For each network some prototypes, a row each, and the images that are nearest to them."""
     rows, shown = [], views[0]
     for look in looks:
@@ -457,7 +458,7 @@ def main(argv=None):
             dataset, networks = networks_of(args.run or trained(name, args.data or "phantoms"), name, args.data)
             image = portrait(networks, name, dataset, some_rows(dataset))
         pictures.save(image.reduce(2), path)
-        pictures.few_colours(path)
+        pictures.few_colours(path, 80)
         print(path)
 
 

@@ -111,17 +111,17 @@ def test_a_right_puzzle_is_the_image_again(monkeypatch):
 
 @pytest.mark.parametrize("name", ["simclr", "vicreg", "lejepa", "byol", "moco"])
 def test_partners_are_rows_of_the_same_image(name):
-    """Of two equal views every partner is found, whatever the weights."""
+    """Where view 2 of an image is view 1 of the next one, that one is found, whatever the weights."""
     own = method(name)
     own.augment = lambda images: images
     if name == "byol":
         own.predictor = torch.nn.Identity()
     _, views = portraits.views_of(own, dataset(), ROWS)
-    views = [views[0], views[0], *views[2:]]
+    views = [views[0], views[0].roll(1, 0), *views[2:]]
     if name == "moco":
         own.bn_chunks = 1
     matrix = portraits.cosines(portraits.Look("", own, views, portraits.DRAWN[name][1:]), 18)
-    assert (portraits.places(matrix) == 1).all()
+    assert (portraits.places(matrix.roll(-1, 1)) == 1).all()
     assert portraits.places(torch.tensor([[3.0, 1, 2], [3, 1, 2], [0, 5, 3]])).tolist() == [1, 3, 2]
 
 

@@ -41,6 +41,39 @@ FAULTS = {                                                                  # fi
         ("half precision stays", "torch.cat(at_least_float32(z1, z2))", "torch.cat([z1, z2])", "losses -k half"),
         ("chance counts the view itself", "2 * len(z1_all) - 1", "2 * len(z1_all)", "losses -k chance"),
     ],
+    "medssl/common/pictures.py": [
+        ("a line across a gap", "np.split(points, np.flatnonzero(~np.isfinite(points).all(1)))", "[points]",
+         "pictures -k gaps"),
+        ("y upside down", "(upper, lower) if rows else (lower, upper)", "(upper, lower)", "pictures -k gaps"),
+        ("rows from below", "(upper, lower) if rows else (lower, upper)", "(lower, upper)", "pictures -k bars"),
+        ("a band between one end and itself", "place(xs, high)[::-1]", "place(xs, low)[::-1]", "pictures -k gaps"),
+        ("levels in one piece", "zip(stops[::2], stops[1::2])", "zip(stops, stops[1:])", "pictures -k gaps"),
+        ("no logarithm", "change = np.log10 if log else np.asarray", "change = np.asarray", "pictures -k gaps"),
+        ("crooked ticks", "factor in (1, 2, 5, 10)", "factor in (1, 3, 7, 10)", "pictures -k ticks"),
+        ("an interval's end for the value", "[low, high, nan, values, nan]", "[low, high, nan, low, nan]",
+         "pictures -k bars"),
+        ("shares of columns", "count / max(counts.sum(), 1)", "count / 10 ** 6", "pictures -k confusion"),
+        ("what is unknown is a class", "- {0, 255}", "- {0}", "pictures -k sheets"),
+        ("hidden cells shown", "np.where(mask[:, :, down][..., right], pictures, 0.5)", "pictures", "pictures -k views"),
+        ("one colour for all classes", "COLOURS[(number - 1) % 6]", "COLOURS[0]", "pictures -k overlays"),
+    ],
+    "docs/portraits.py": [
+        ("a place too many", "1 + (similarity > ", "2 + (similarity > ", "portraits -k partners"),
+        ("view 1 against itself", "columns[-1 if len(columns) == 1 else 1]", "columns[-1 if len(columns) == 1 else 0]",
+         "portraits -k partners"),
+        ("a batch that stays shuffled", "torch.arange(len(view)) if is_order(view) else view", "view",
+         "portraits -k moco"),
+        ("the augmentation is not put back", "    dataset.groups, method.augment = groups, augment\n", "",
+         "portraits -k drawn"),
+        ("hooks stay", "            hook.remove()", "            pass", "portraits -k drawn"),
+        ("right tiles framed", "heading(~wrong)", "heading(wrong)", "portraits -k counted"),
+        ("tiles put back the other way", "place = torch.arange(len(order))[:, None], order.argsort(1)",
+         "place = torch.arange(len(order))[:, None], order", "portraits -k puzzle"),
+        ("left-right for up-down", "torch.where(across >= down, 1, 2)", "torch.where(across >= down, 2, 1)",
+         "portraits -k puzzle"),
+        ("bars of one height", "max(share * high, 2)", "high / 2", "portraits -k bars"),
+        ("some patients twice", 'np.argsort(before, kind="stable")', "np.arange(len(rows))", "portraits -k rows"),
+    ],
     "medssl/dcl.py": [
         ("the positive in the denominator", "same_image, -math.inf",
          "same_image & (torch.arange(2)[:, None] < 1), -math.inf", "losses -k dcl"),
@@ -629,7 +662,7 @@ def run(copy, tests):
     """Exit status of these tests and what they said. The child has what this process has imported, and nothing of the
     checkout."""
     names, _, words = tests.partition(" -k ")
-    command = ["-x", "-q", "-p", "no:cacheprovider", *[f"tests/test_{name}.py" for name in names.split()]]
+    command = ["-x", "-q", "-n0", "-p", "no:cacheprovider", *[f"tests/test_{name}.py" for name in names.split()]]
     with tempfile.TemporaryFile() as output:
         child = os.fork()
         if not child:
