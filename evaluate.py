@@ -28,7 +28,6 @@ from tqdm import tqdm
 from medssl.common import cli, encoders, features, files, loop, optim
 from medssl.common.errors import UserError
 from medssl.common.evaluation import figures, keep, readouts, report, subsets, tasks
-from medssl.common.evaluation.shims import above_zero, number
 from medssl.common.evaluation.study import Cell, file_name, open_study
 from medssl.common.evaluation.tasks import TASKS
 
@@ -137,7 +136,7 @@ def parse(argv=None):
                         epilog="; ".join(f"{name}: {task.words}" for name, task in TASKS.items()))
     add_flags(parser.add_argument)
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=above_zero, default=10,
+    length.add_argument("--epochs", type=cli.positive_number, default=10,
                         help="an epoch has as many steps with few labels as with all")
     length.add_argument("--steps", type=cli.positive)
     args = parser.parse_args(argv)
@@ -171,13 +170,13 @@ def add_flags(add):
         "other class) / (largest RATIO) images, keeps its number along the series")
     add("--resample", action="store_true", help="draw every class equally often (linear: weigh it; knn: no effect)")
     add("--augment", nargs="+", choices=STRENGTHS, default=["S1"], help="strength where the loop trains")
-    add("--freeze", type=number, default=0, help="epochs with the encoder frozen before it is trained too")
+    add("--freeze", type=cli.not_negative, default=0, help="epochs with the encoder frozen before it is trained too")
     add("--batch", type=cli.positive, default=64)
     add("--optimizer", choices=optim.OPTIMIZERS, default="adamw", help="of all that the loop trains")
-    add("--lr", nargs="+", type=above_zero, default=[1e-3],
+    add("--lr", nargs="+", type=cli.positive_number, default=[1e-3],
         help="of several, each fit takes the one that is best on validation")
-    add("--head-lr", type=above_zero, help="the head's (default: 10 times --lr; a transferred decoder: --lr)")
-    add("--weight-decay", type=number, default=0.01)
+    add("--head-lr", type=cli.positive_number, help="the head's (default: 10 times --lr; a transferred decoder: --lr)")
+    add("--weight-decay", type=cli.not_negative, default=0.01)
     add("--loss", choices=readouts.LOSSES, help="balanced: class weights; for masks also dice (default)")
     add("--neighbours", type=cli.positive, default=20, help="of knn; fewer where the smallest class has few images")
     add("--transfer", choices=("encoder", "encoder+decoder"), default="encoder", help="what unet takes from a run")
@@ -196,7 +195,7 @@ def add_flags(add):
 
 
 def one_or_more(text):
-    if not 1 <= number(text):
+    if not 1 <= cli.not_negative(text):
         raise ValueError
     return float(text)
 

@@ -144,8 +144,8 @@ def train(method, monitor, dataset, rows, settings):
             bar.set_postfix(monitor.summary(record), refresh=False)
             logged += 1
             if logged == 2 and monitor.out:                                 # the first rate still holds the start
-                seconds = (settings.steps - step) * settings.batch / record["images_per_s"]
-                bar.write(f"at this pace {spoken(seconds / 60)} to go; {memory(monitor.device):.1f} GiB of memory in use")
+                minutes = (settings.steps - step) * settings.batch / record["images_per_s"] / 60
+                bar.write(f"at this pace {spoken(minutes)} to go; {memory(monitor.device):.1f} GiB of memory in use")
     return step, time.perf_counter() - started
 
 
@@ -195,7 +195,7 @@ def parse(argv):
     add("--lr", type=cli.positive_number,
         help="per 256 images with sgd, lars and lamb; as it stands with adam and adamw")
     add("--weight-decay", type=cli.not_negative, help="of weights; biases and norms never decay")
-    add("--weight-decay-end", type=cli.not_negative, help="it runs there by a cosine (default: the preset's, or constant)")
+    add("--weight-decay-end", type=cli.not_negative, help="where a cosine takes it (default: the preset's)")
     add("--clip", type=cli.positive_number, help="largest global gradient norm")
     add("--views", choices=augment.VIEWS, help="views of common/augment.py, by name")
     add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",

@@ -15,7 +15,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from medssl.common.evaluation.shims import pictures  # noqa: E402
+from medssl.common import pictures  # noqa: E402
 from medssl.common.evaluation.tasks import TASKS, WORDS  # noqa: E402
 
 CELL = "task", "labels", "imbalance", "augment", "stage"

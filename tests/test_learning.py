@@ -13,8 +13,8 @@ from PIL import Image, ImageFilter
 
 from medssl import METHODS
 from medssl.common.data import phantoms
-from tools import learning
 from tests.common import tiny_encoder
+from tools import learning
 
 CASES = {                          # method: (steps, rate, words, what is measured, sign, level)
     "rotation": (20, 0.01, [], "accuracy", ">", 0.7),

@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from medssl import METHODS
-from medssl.common import encoders, feed, loop, settings
+from medssl.common import config, encoders, feed, loop
 
 
 def main():
@@ -34,9 +34,10 @@ def main():
     parser.add_argument("--steps", type=int, default=5, help="steps in each timed piece")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off")
+    parser.add_argument("--amp", choices=loop.AMP, default="off")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--most", type=int, default=10**6, help="steps with --memory; default: one pass")
     args = parser.parse_args()
     memory(args) if args.memory else speed(args)
 
@@ -44,8 +45,8 @@ def main():
 def build(args):
     torch.manual_seed(0)
     encoder = encoders.build(args.encoder, args.channels)
-    parts = settings.parts_of(METHODS, [args.method], words={"queue_size": 4096})
-    return settings.build(METHODS, parts, encoder, args.channels, args.size)
+    parts = config.parts_of(METHODS, [args.method], found=config.Found(16384, args.size, args.channels))
+    return config.build(METHODS, parts, encoder, args.channels, args.size)
 
 
 def pictures(count, args):
@@ -57,11 +58,11 @@ def speed(args):
     method, dataset = build(args), pictures(4 * args.batch, args)
     device = loop.processes(args.device)[2]
     total = (args.steps + 2) * args.rounds
-    config = loop.Config(steps=total, batch=args.batch, lr=1e-3, device=args.device, amp=args.amp, compile=args.compile,
+    settings = loop.Config(steps=total, batch=args.batch, lr=1e-3, device=args.device, amp=args.amp, compile=args.compile,
                          log_every=10 ** 6)
-    running = loop.fit(method, dataset, config)
+    running = loop.fit(method, dataset, settings)
     next(running)                                                           # moves the method to the device, warms up
-    dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
+    dtype = loop.AMP[args.amp]
     step = torch.compile(method) if args.compile else method
     images = feed.batch(dataset.images, np.arange(args.batch), device)
     with torch.no_grad():
@@ -112,8 +113,8 @@ def memory(args):
             dataset = SimpleNamespace(name="file", images=np.load(path, mmap_mode="r"), labels=None, masks=None,
                                       groups=None)
             args.encoder = "tiny"
-            config = loop.Config(steps=count // args.batch, batch=args.batch, lr=1e-3, device="cpu", log_every=10 ** 6)
-            for _ in loop.fit(build(args), dataset, config):
+            settings = loop.Config(steps=min(args.most, count // args.batch), batch=args.batch, lr=1e-3, device="cpu", log_every=10 ** 6)
+            for _ in loop.fit(build(args), dataset, settings):
                 pass
             print(f"{count} images ({count * args.size ** 2 / 2**20:.0f} MiB): "
                   f"RssAnon {status('RssAnon') / 1024:.0f} MiB, RssFile {status('RssFile') / 1024:.0f} MiB")

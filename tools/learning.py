@@ -9,6 +9,8 @@ found among other images.
 
 import functools
 import multiprocessing
+import os
+import signal
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -19,7 +21,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from medssl import METHODS
-from medssl.common import encoders, feed, loop, metrics, settings
+from medssl.common import config, encoders, feed, loop, metrics
 from medssl.common.data import phantoms
 
 SIZE, BATCH = 64, 32
@@ -54,10 +56,10 @@ def trained(name, steps, words, dataset, size=SIZE, encoder=None, lr=None):
     torch.manual_seed(0)
     if encoder is None:                             # stride 32 leaves SparK four cells at 64 pixels, 16 leaves sixteen
         encoder = encoders.build("tiny", 1, "nopool" if name == "spark" else "default", dataset.mean, dataset.std)
-    method = settings.build(METHODS, settings.parts_of(METHODS, name.split("+"), words), encoder, 1, size)
-    config = loop.Config(steps=steps, batch=BATCH, lr=lr or RATES.get(name, 3e-3), optimizer="adamw", weight_decay=0.01,
+    method = config.build(METHODS, config.parts_of(METHODS, name.split("+"), words), encoder, 1, size)
+    settings = loop.Config(steps=steps, batch=BATCH, lr=lr or RATES.get(name, 3e-3), optimizer="adamw", weight_decay=0.01,
                          warmup=10, device="cpu", log_every=10)
-    records = [r for r in loop.fit(method, dataset, config, dataset.rows("train")) if isinstance(r["loss"], float)]
+    records = [r for r in loop.fit(method, dataset, settings, dataset.rows("train")) if isinstance(r["loss"], float)]
     last = records[-4:]
     return method, {key: sum(r[key] for r in last) / len(last) for key in last[0] if key != "step"}
 
@@ -97,14 +99,15 @@ def pictures():
 
 
 def passes(name):
-    """(whether the method reached its level, a line that says so)"""
+    """(whether the method reached its level, a line that says so, with the figure of a single step to compare)"""
     steps, words, what, sign, level = LEVELS[name]
     start = time.perf_counter()
+    first = measure(what, *trained(name, 1, words, pictures()), pictures())
     method, record = trained(name, steps, words, pictures())
     value = measure(what, method, record, pictures())
     good = value > level if sign == ">" else value < level
-    return good, (f"{'ok    ' if good else 'FAILED'} {name:16} {what} {value:.3f}, has to be {sign} {level} "
-                  f"({steps} steps, {time.perf_counter() - start:.0f} s)")
+    return good, (f"{'ok    ' if good else 'FAILED'} {name:16} {what} {value:.3f}, has to be {sign} {level}; {first:.3f} "
+                  f"after one step ({steps} steps, {time.perf_counter() - start:.0f} s)")
 
 
 def main():
@@ -113,6 +116,7 @@ def main():
     if unknown:
         sys.exit(f"tools/learning.py: LEVELS has no entry for {', '.join(unknown)}: {WANTED}")
     failed = 0
+    signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL) if os.getpgrp() == os.getpid() else sys.exit(1))
     # Two trainings side by side, one thread each: networks as small as these gain little from a second thread.
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         for good, line in pool.map(passes, names):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from . import encoders, features, feed, metrics, plots, sheets
+from . import encoders, features, feed, metrics, pictures
 
 KNOWN, ASKED = 1500, 500                            # training images that a kNN knows, validation images it is asked
 
@@ -81,7 +81,7 @@ class Monitor:
         if "embedding" in out:
             self.latest["spread"] = float(metrics.spread(out["embedding"].float().cpu().numpy()))
         if self.out:
-            plots.spectrum_chart(self.spectra, self.out / "spectrum.png")
+            pictures.spectrum_chart(self.spectra, self.out / "spectrum.png")
             if "restored" in out:
                 self.draw_restored(views, out["restored"].float().cpu())
         return self.latest
@@ -94,28 +94,29 @@ class Monitor:
         return feed.make_views(method, feed.batch(self.dataset.images, rows, self.device), nobody, rows)
 
     def draw_views(self, method):
-        sheets.views_sheet(flat(self.views(method)), self.out / "views.png")
+        pictures.views_sheet(flat(self.views(method)), self.out / "views.png")
 
     def draw_restored(self, views, restored):
         """Beside what was restored: the view itself under a mask; of (distorted, target) the target; else the image."""
         views = flat(views)
-        pictures = [tensor for tensor in views if tensor.ndim == 4 and tensor.is_floating_point()]
+        shown = [tensor for tensor in views if tensor.ndim == 4 and tensor.is_floating_point()]
         images = feed.batch(self.dataset.images, self.fixed[:8], "cpu")
-        clean = {1: pictures[0], 2: pictures[-1]}.get(len(pictures), images)
-        sheets.restored_sheet(clean, views, restored, self.out / "restored.png")
+        clean = {1: shown[0], 2: shown[-1]}.get(len(shown), images)
+        pictures.restored_sheet(clean, views, restored, self.out / "restored.png")
 
     def draw_curves(self, history):
         """The log so far, as curves.png."""
         def chart(key, name, title, y_label, levels):
             points = [(record["step"], record[key]) for record in history if key in record]
-            return plots.Chart({name: tuple(zip(*points))} if points else {}, title, "step", y_label, horizontal=levels)
+            series = {name: tuple(zip(*points))} if points else {}
+            return pictures.Chart(series, title, "step", y_label, horizontal=levels)
 
         chance = {"chance": history[-1]["chance"]} if "chance" in history[-1] else {}
         guess = {} if self.unscored else {"chance": self.chance()}
         charts = [chart("loss", "loss", "loss", "loss", chance),
                   chart("knn", "trained", "kNN on validation images", "balanced accuracy", self.start | guess),
                   chart("rank_me", "trained", "RankMe of the features", "effective directions", {})]
-        plots.panels([each for each in charts if each.series], self.out / "curves.png")
+        pictures.panels([each for each in charts if each.series], self.out / "curves.png")
 
     def summary(self, record):
         """For the bar."""

@@ -2,8 +2,8 @@
 import numpy as np
 from PIL import Image
 
-from .. import sheets
 from ..errors import UserError
+from ..pictures import sheet
 from . import pixels
 from .copies import NEAR, difference_hash, is_near
 from .sources import NO_MASK, complain
@@ -103,12 +103,12 @@ def draw(dataset, path):
     """The contact sheet: images evenly over the classes, masks laid over them."""
     order = np.arange(len(dataset)) if dataset.labels is None else np.argsort(dataset.labels, kind="stable")
     rows = order[np.linspace(0, len(order) - 1, min(len(order), SHOWN)).astype(int)]
-    titles = None
+    titles = ()
     if dataset.labels is not None:
         titles = [dataset.classes[label] if label >= 0 else "no label" for label in dataset.labels[rows]]
     images = pixels.unit(dataset.images[rows])
     masks = [] if dataset.masks is None else [dataset.masks[rows]]
-    sheets.sheet([("", images, *masks)], path, titles=titles, columns=8)
+    sheet([("", images, *masks)], path, titles=titles, columns=8)
 
 
 def report_volumes(source, path, size=192):
@@ -138,4 +138,4 @@ def report_volumes(source, path, size=192):
             masks[-1] = pixels.fitted(layer, size, "pad", Image.NEAREST)
     complain(source, problems)
     layers = [np.stack(masks)] if source.masks else []
-    sheets.sheet([("", np.stack(pictures), *layers)], path, columns=6)
+    sheet([("", np.stack(pictures), *layers)], path, columns=6)

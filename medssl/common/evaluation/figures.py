@@ -4,10 +4,9 @@ import math
 
 import numpy as np
 
-from .. import feed, metrics
+from .. import feed, metrics, pictures
 from .report import chance_of, describe, rare_recall
 from .scores import SHARES, slice_dice
-from .shims import pictures
 from .study import file_name
 from .tasks import TASKS, WORDS
 

@@ -22,7 +22,7 @@ from .. import cli, data, encoders, files
 from ..data.dataset import LEARNT_FROM
 from ..errors import UserError
 from ..features import extract, joined, set_statistics, statistics, thumbnails
-from . import keep, shims
+from . import keep
 from .readouts import fingerprint
 
 # In the place of a file, or behind one and a plus: features that nothing has learned.
@@ -188,7 +188,7 @@ def deal_patients(study, runs):
     if args.deal is None and runs:
         args.deal = runs[0].run.deal
     if args.deal is not None:
-        study.dataset = shims.deal(dataset, args.deal)
+        study.dataset = data.deal(dataset, args.deal)
         study.note(f"the patients of {dataset.name} are dealt anew to {shares}, from seed {args.deal}")
     elif dataset.splits is None:
         study.dataset = data.split(dataset)
@@ -241,7 +241,7 @@ def kind_of(file, args):
         return name, stem
     state = files.load_torch(file)
     try:
-        fitting = shims.kind_of(state)
+        fitting = encoders.kind_of(state)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
     return name or fitting[0], stem or fitting[1]
