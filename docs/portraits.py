@@ -409,20 +409,20 @@ def trained(name, path="phantoms"):
 
 def networks_of(folder, name, path=None):
     """The set that a run learnt from, or another one, and its method before and after training."""
-    run, config = settings.stored(folder, "cpu", METHODS), files.read_config(folder)
+    run, kept = settings.stored(folder, "cpu", METHODS), files.read_config(folder)
     if run.method != name:
         raise UserError(f"--run {folder}: it trained {run.method}, not {name}")
-    dataset = data.load(path or run.data, run.size, config["data"]["channels"], run.label)
-    before, after = (built(run, config) for _ in range(2))
+    dataset = data.load(path or run.data, run.size, kept["data"]["channels"], run.label)
+    before, after = (built(run, kept) for _ in range(2))
     state = files.load_torch(Path(folder) / "checkpoint.pt")
     after.load_state_dict(state["method"])
     return dataset, {"random network": before, f"after {state['step']} steps": after}
 
 
-def built(run, config):
+def built(run, kept):
     """The method before training."""
     torch.manual_seed(run.seed)
-    seen, channels = config["encoder"], config["data"]["channels"]
+    seen, channels = kept["encoder"], kept["data"]["channels"]
     encoder = encoders.build(run.encoder, channels, run.stem, tuple(seen["mean"]), tuple(seen["std"]))
     return settings.build(METHODS, run.parts, encoder, channels, run.size)
 

@@ -54,7 +54,8 @@ FAULTS = {                                                                  # fi
          "pictures -k bars"),
         ("shares of columns", "count / max(counts.sum(), 1)", "count / 10 ** 6", "pictures -k confusion"),
         ("what is unknown is a class", "- {0, 255}", "- {0}", "pictures -k sheets"),
-        ("hidden cells shown", "np.where(mask[:, :, down][..., right], pictures, 0.5)", "pictures", "pictures -k views"),
+        ("hidden cells shown", "np.where(mask[:, :, down][..., right], pictures, 0.5)", "pictures",
+         "pictures -k views"),
         ("one colour for all classes", "COLOURS[(number - 1) % 6]", "COLOURS[0]", "pictures -k overlays"),
     ],
     "docs/portraits.py": [
