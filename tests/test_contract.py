@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from medssl.common.config import check_optimizer
 from torch import nn
 
 from medssl import METHODS
 from medssl.common import augment, cli, encoders, unet
+from medssl.common.config import check_optimizer
 from tests.common import Flip, batch, tiny_encoder
 
 ROOT = Path(__file__).parents[1]

@@ -58,8 +58,8 @@ def speed(args):
     method, dataset = build(args), pictures(4 * args.batch, args)
     device = loop.processes(args.device)[2]
     total = (args.steps + 2) * args.rounds
-    settings = loop.Config(steps=total, batch=args.batch, lr=1e-3, device=args.device, amp=args.amp, compile=args.compile,
-                         log_every=10 ** 6)
+    settings = loop.Config(steps=total, batch=args.batch, lr=1e-3, device=args.device, amp=args.amp,
+                           compile=args.compile, log_every=10**6)
     running = loop.fit(method, dataset, settings)
     next(running)                                                           # moves the method to the device, warms up
     dtype = loop.AMP[args.amp]
@@ -113,7 +113,8 @@ def memory(args):
             dataset = SimpleNamespace(name="file", images=np.load(path, mmap_mode="r"), labels=None, masks=None,
                                       groups=None)
             args.encoder = "tiny"
-            settings = loop.Config(steps=min(args.most, count // args.batch), batch=args.batch, lr=1e-3, device="cpu", log_every=10 ** 6)
+            settings = loop.Config(steps=min(args.most, count // args.batch), batch=args.batch, lr=1e-3, device="cpu",
+                                   log_every=10**6)
             for _ in loop.fit(build(args), dataset, settings):
                 pass
             print(f"{count} images ({count * args.size ** 2 / 2**20:.0f} MiB): "

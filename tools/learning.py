@@ -57,8 +57,8 @@ def trained(name, steps, words, dataset, size=SIZE, encoder=None, lr=None):
     if encoder is None:                             # stride 32 leaves SparK four cells at 64 pixels, 16 leaves sixteen
         encoder = encoders.build("tiny", 1, "nopool" if name == "spark" else "default", dataset.mean, dataset.std)
     method = config.build(METHODS, config.parts_of(METHODS, name.split("+"), words), encoder, 1, size)
-    settings = loop.Config(steps=steps, batch=BATCH, lr=lr or RATES.get(name, 3e-3), optimizer="adamw", weight_decay=0.01,
-                         warmup=10, device="cpu", log_every=10)
+    settings = loop.Config(steps=steps, batch=BATCH, lr=lr or RATES.get(name, 3e-3), optimizer="adamw",
+                           weight_decay=0.01, warmup=10, device="cpu", log_every=10)
     records = [r for r in loop.fit(method, dataset, settings, dataset.rows("train")) if isinstance(r["loss"], float)]
     last = records[-4:]
     return method, {key: sum(r[key] for r in last) / len(last) for key in last[0] if key != "step"}
@@ -106,8 +106,15 @@ def passes(name):
     method, record = trained(name, steps, words, pictures())
     value = measure(what, method, record, pictures())
     good = value > level if sign == ">" else value < level
-    return good, (f"{'ok    ' if good else 'FAILED'} {name:16} {what} {value:.3f}, has to be {sign} {level}; {first:.3f} "
-                  f"after one step ({steps} steps, {time.perf_counter() - start:.0f} s)")
+    return good, (f"{'ok    ' if good else 'FAILED'} {name:16} {what} {value:.3f}, has to be {sign} {level}; "
+                  f"{first:.3f} after one step ({steps} steps, {time.perf_counter() - start:.0f} s)")
+
+
+def stop(*_):
+    """Ends the workers, too."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    os._exit(1)
 
 
 def main():
@@ -116,7 +123,7 @@ def main():
     if unknown:
         sys.exit(f"tools/learning.py: LEVELS has no entry for {', '.join(unknown)}: {WANTED}")
     failed = 0
-    signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL) if os.getpgrp() == os.getpid() else sys.exit(1))
+    signal.signal(signal.SIGTERM, stop)
     # Two trainings side by side, one thread each: networks as small as these gain little from a second thread.
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         for good, line in pool.map(passes, names):

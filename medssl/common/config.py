@@ -181,8 +181,8 @@ def check_settings(settings, signature, reserved, what):
         default = words[cli.one_of(name, words, f"setting of {what}")]
         kind = KINDS.get(type(default))
         if kind and not is_kind(value, kind):
-            raise UserError(f"--set {name}={str(value)[:40]}: {what} takes {type(default).__name__} values there, for example "
-                            f"{default}")
+            raise UserError(f"--set {name}={str(value)[:40]}: {what} takes {type(default).__name__} values there, for "
+                            f"example {default}")
 
 
 def is_kind(value, kind):
