@@ -66,6 +66,7 @@ RECIPE = {                       # Zhang et al. 2023, the released settings for 
     "batch": 32,
     "epochs": 240,
     "warmup": 0,                 # cosine without warm-up
+    "decoder": {"zero_start": True},        # so that the first picture is the mean of the images
     "views": "ct",               # crops, flips, scale, rotation, blur; on its fundus photographs (the 2D set): "fundus"
     "size": 224,
 }

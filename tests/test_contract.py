@@ -14,8 +14,7 @@ import torch
 from torch import nn
 
 from medssl import METHODS
-from medssl.common import augment, cli, encoders, unet
-from medssl.common.config import check_optimizer
+from medssl.common import augment, encoders, unet
 from tests.common import Flip, batch, tiny_encoder
 
 ROOT = Path(__file__).parents[1]
@@ -41,7 +40,7 @@ def make_on(name, encoder, channels, size, views=None):
     if "small" in words:
         filled["small"] = augment.build("contrastive", 32)
     if "decoder" in words:
-        filled["decoder"] = unet.Decoder(encoder.widths, encoder.strides, channels, zero_start=False)
+        filled["decoder"] = unet.Decoder(encoder.widths, encoder.strides, channels)
     return METHODS[name](encoder, views, **filled)
 
 
@@ -262,79 +261,6 @@ def test_an_encoder_without_maps_is_refused_with_the_same_sentence(name):
         line = f"the encoder has no {missing}, and this method looks at places: give the encoder .features"
         assert str(caught.value).startswith(line)
         setattr(encoder, missing.split(",")[0][1:], [])
-
-
-WORDY = ("--set", "--options", "--optimizer", "--views", "--encoder", "--stem")     # the others take a number
-WORKS = re.compile(r"Settings of the works that use it, as words of train.py:\n((?:  .*\n?)+)")
-
-
-def settings(name):
-    """The table of a header: [(work, {flag: words})]."""
-    found = WORKS.search(module(name).__doc__)
-    rows = []
-    for line in found[1].splitlines() if found else ():
-        if line.startswith("    --"):
-            for part in re.split(r" +(?=--)", line.strip()):
-                flag, *words = part.split()
-                rows[-1][1][flag] = words
-        elif line.startswith("    "):
-            rows[-1][1]["?"] = line
-        else:
-            rows.append((line.strip(), {}))
-    return rows
-
-
-def test_headers_with_a_table_are_read():
-    assert {name for name in METHODS if settings(name)} >= {"simclr", "dcl", "byol", "moco", "spark", "jigsaw", "swav"}
-    assert [len(settings(name)) for name in ("simclr", "byol", "moco")] == [2, 3, 4]
-
-
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "together"])
-def test_settings_in_headers_can_be_set(name):
-    """What a header tabulates is what a command can run; and a row of RECIPE says what RECIPE says."""
-    known = set(re.findall(r'"(--[a-z-]+)"', (ROOT / "train.py").read_text()))
-    recipe = module(name).RECIPE
-    for work, flags in settings(name):
-        where = f"{name}.py, {work}"
-        assert flags, f"{where}: a work is followed by lines of four spaces and flags of train.py"
-        assert set(flags) <= known, f"{where}: train.py has no {set(flags) - known}"
-        assert all(flags.values()), f"{where}: a flag without a value"
-        words = cli.read_settings(flags.get("--set", []))
-        cli.check_settings(words, inspect.signature(METHODS[name]), (), name)
-        numbers = {flag: float(*value) for flag, value in flags.items() if flag not in WORDY}
-        optimizer, = flags.get("--optimizer", [recipe["optimizer"]])
-        options = cli.read_settings(flags.get("--options", []))
-        check_optimizer(optimizer, options | {"decay_all": True})           # as train.py does
-        assert flags.get("--views", ["plain"])[0] in augment.VIEWS, where
-        if "(RECIPE)" in work:
-            assert words == {k: v for k, v in constants(name).items() if k in words}, f"{where}: not the defaults"
-            assert options == {k: v for k, v in recipe.get("options", {}).items() if k in options}, where
-            views, = flags.get("--views", [recipe["views"]])
-            for flag, value in {**numbers, "--optimizer": optimizer, "--views": views}.items():
-                assert value == recipe[flag[2:].replace("-", "_")], f"{where}: {flag} {value}, but RECIPE has another"
-
-
-def test_measured_lines_are_copied_from_the_results():
-    results = (ROOT / "RESULTS.md").read_text()
-    for name in METHODS:
-        for line in re.findall(r"^Measured: .*", module(name).__doc__, re.M):
-            figures = re.findall(r"\.\d{3} ± \.\d{3}", line)
-            rows = re.findall(rf"^\| {name} \|.*", results, re.M)
-            assert figures and any(all(figure in row for figure in figures) for row in rows), (
-                f"{name}.py: no row of RESULTS.md has the figures of '{line}'")
-
-
-def test_the_bibliography_has_every_paper_of_the_methods_table():
-    bibliography, readme = ((ROOT / name).read_text() for name in ("docs/references.bib", "README.md"))
-    known = {(author.split(" and ")[0].split()[-1], year) for entry in bibliography.split("\n@")
-             for author, year in re.findall(r"author\s*= {(.*?)},\n.*year\s*= {(\d+)}", entry, re.S)}
-    table = [[cell.strip() for cell in line.strip("| ").split("|")] for line in readme.splitlines()
-             if re.match(r"\| method \||\|.*\(medssl/\w+\.py\)", line)]
-    assert table and "paper" in table[0], "README.md: the table of methods has a column 'paper'"
-    for row in table[1:]:
-        papers = row[table[0].index("paper")]
-        for surname, year in re.findall(r"([A-Z][\w-]+)(?: and [A-Z][\w-]+| et al\.)? (\d{4})", papers):
-            assert (surname, year) in known, f"docs/references.bib lacks {surname} {year}, of README's row {row[0]}"
 
 
 def test_methods_import_only_torch_and_the_standard_library():

@@ -223,7 +223,7 @@ def test_what_a_file_leaves_open_is_said(tmp_path):
 def test_the_decoder_against_a_plain_reading(skips):
     """Each stage: every pixel becomes a square of two by two, the skip beside it, two convolutions."""
     torch.manual_seed(0)
-    decoder = unet.Decoder([8, 16], [2, 4], 2, skips, zero_start=False).double().eval()
+    decoder = unet.Decoder([8, 16], [2, 4], 2, skips).double().eval()
     fine, coarse = torch.randn(2, 8, 6, 6).double(), torch.randn(2, 16, 3, 3).double()
     x, stages = coarse, [*decoder.stages, *decoder.last]
     for stage, skip in zip(stages, [fine, None], strict=True):

@@ -233,7 +233,7 @@ def test_skip_connections_carry_the_fine_maps_and_can_be_left_out():
     encoder = tiny_encoder()
     maps = [m.detach().requires_grad_() for m in encoder.features(batch(2))]
     for skips in (True, False):
-        decoder = unet.Decoder(encoder.widths, encoder.strides, 1, skips=skips, zero_start=False)
+        decoder = unet.Decoder(encoder.widths, encoder.strides, 1, skips=skips)
         out = decoder(maps)
         grads = torch.autograd.grad(out.square().sum(), maps, allow_unused=True)
         used = [g is not None and bool(g.abs().max() > 0) for g in grads]

@@ -215,7 +215,8 @@ def part_of(cls, name, own, found):
     if decoder and "decoder" not in wanted.parameters:
         raise UserError(f"--set decoder.{next(iter(decoder))}: {name} has no decoder")
     check_settings(decoder, inspect.signature(unet.Decoder), ("widths", "strides", "channels"), "decoder")
-    part = Part(recipe["views"], recipe.get("views_small") if "small" in wanted.parameters else None, decoder=decoder)
+    part = Part(recipe["views"], recipe.get("views_small") if "small" in wanted.parameters else None,
+                decoder=recipe.get("decoder", {}) | decoder)
     if found:
         preset = small_of(cls)
         fitting = IN_COLOUR if found.channels == 3 else {}
@@ -226,7 +227,7 @@ def part_of(cls, name, own, found):
             part.words["queue_size"], part.queue_cut = most, queue
     if "queue_size" in own:
         part.queue_cut = None
-    part.words, part.asked = part.words | own, own
+    part.words, part.asked = part.words | own, own | {f"decoder.{key}": value for key, value in decoder.items()}
     return part
 
 
@@ -251,9 +252,9 @@ def build(methods, parts, encoder, channels, size):
                 words["decoder"] = unet.Decoder(encoder.widths, encoder.strides, channels, **part.decoder)
             built[name] = cls(encoder, augment.build(part.views, size), **words)
         except (ValueError, TypeError, ArithmeticError, MemoryError, RuntimeError) as error:
-            if not part.asked and not part.decoder and not isinstance(error, ValueError):
+            if not part.asked and not isinstance(error, ValueError):
                 raise                                                       # nobody asked for it: the code is wrong
-            words = " ".join(f"{key}={value}" for key, value in (part.asked | part.decoder).items())
+            words = " ".join(f"{key}={value}" for key, value in part.asked.items())
             raise UserError(f"{name}{words and f' (--set {words})'}: {str(error).splitlines()[0]}") from error
     if len(built) == 1:
         return built[next(iter(built))]

@@ -21,7 +21,7 @@ class Decoder(nn.Module):
     that adds the mean of the images begins with an even picture of it, and not with a random one. The encoder then has
     no gradient in the very first step."""
 
-    def __init__(self, widths, strides, channels, skips=True, zero_start=True):
+    def __init__(self, widths, strides, channels, skips=True, zero_start=False):
         super().__init__()
         self.skips = skips
         steps, below = [], widths[-1]

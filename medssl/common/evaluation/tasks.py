@@ -280,14 +280,14 @@ def keep_encoder(folder, network):
 def decoder_for(fit, network):
     """A U-Net decoder; with --transfer encoder+decoder it starts with the weights of the run's own, but for the last
     layer."""
-    fresh = unet.Decoder(network.widths, network.strides, fit.classes, zero_start=False)
+    fresh = unet.Decoder(network.widths, network.strides, fit.classes)
     if fit.args.transfer == "encoder" or fit.model.random:
         return fresh
     checkpoint = fit.model.file.parent / "checkpoint.pt"
     state = files.load_torch(checkpoint)["method"] if checkpoint.is_file() else {}
     state = {key.removeprefix("decoder."): value for key, value in state.items()
              if key.startswith("decoder.") and not key.startswith("decoder.out.")}
-    for decoder in (fresh, unet.Decoder(network.widths, network.strides, fit.classes, False, zero_start=False)):
+    for decoder in (fresh, unet.Decoder(network.widths, network.strides, fit.classes, skips=False)):
         own = {key: value.shape for key, value in decoder.state_dict().items() if not key.startswith("out.")}
         if own == {key: value.shape for key, value in state.items()}:
             decoder.load_state_dict(state, strict=False)
