@@ -491,6 +491,7 @@ def test_differences_are_taken_seed_by_seed():
     own.targets["masks"] = SimpleNamespace(classes=("0", "1"))
     summaries, differences = report.summarise(own, records)
     assert [s.seeds for s in summaries] == [2] * 4 and summaries[2].mean("dice") == pytest.approx(0.205)
+    assert summaries[2].scores["dice"]["spread"] == pytest.approx(0.01 / 2 ** 0.5)
     gains = {(d.first, d.second, d.metric): d.gain for d in differences}
     assert len(gains) == 12 and gains["two", "random a", "dice"].mean == pytest.approx(0.3)
     assert gains["one", "random b", "dice"].interval == pytest.approx([0.1, 0.1])
@@ -527,7 +528,8 @@ def test_a_task_whose_answers_have_another_shape(home, monkeypatch, capsys):
     run()
     said = capsys.readouterr().out
     assert "chance 0.333" in said and all(0 < c["scores"]["map"]["mean"] < 1 for c in results("out"))
-    for change in ({"columns": ("nothing",)}, {"answers": scores.SHARES}):
+    for change in ({"columns": ("nothing",)}, {"answers": scores.SHARES},
+                   {"columns": ("auc",), "answers": scores.SHARES}):        # the last one at its first fit
         monkeypatch.setitem(TASKS, "retrieval", tasks.replace(task, **change))
         own.out = "other"
         with pytest.raises(ValueError, match="task retrieval"):
@@ -596,7 +598,7 @@ def test_fits_of_another_evaluation_are_not_gone_on_with(tmp_path):
     dataset = Dataset("", np.zeros((4, 1, 8, 8), np.uint8), np.arange(4) % 2)
 
     def opened(name, *words):
-        own = Study(evaluate.parse([name, *words]), dataset, None, [Model(name)], None, tmp_path)
+        own = Study(evaluate.parse(["x", *words]), dataset, None, [Model(name)], None, tmp_path)
         keep.open_folder(own)
     opened("a", "--lr", "0.1")
     opened("a", "--lr", "0.1", "--seeds", "9", "--all-columns")
