@@ -11,10 +11,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from .. import augment, encoders, files, loop, metrics
+from .. import augment, encoders, files, loop, metrics, unet
 from ..errors import UserError
 from ..features import knn
-from . import keep, readouts, scores, shims
+from . import keep, readouts, scores
 from .study import Cell, Model, Study, file_name, unchanged
 from .subsets import Imbalance, Target
 
@@ -280,14 +280,14 @@ def keep_encoder(folder, network):
 def decoder_for(fit, network):
     """A U-Net decoder; with --transfer encoder+decoder it starts with the weights of the run's own, but for the last
     layer."""
-    fresh = shims.decoder(network.widths, network.strides, fit.classes)
+    fresh = unet.Decoder(network.widths, network.strides, fit.classes)
     if fit.args.transfer == "encoder" or fit.model.random:
         return fresh
     checkpoint = fit.model.file.parent / "checkpoint.pt"
     state = files.load_torch(checkpoint)["method"] if checkpoint.is_file() else {}
     state = {key.removeprefix("decoder."): value for key, value in state.items()
              if key.startswith("decoder.") and not key.startswith("decoder.out.")}
-    for decoder in (fresh, shims.decoder(network.widths, network.strides, fit.classes, skips=False)):
+    for decoder in (fresh, unet.Decoder(network.widths, network.strides, fit.classes, skips=False)):
         own = {key: value.shape for key, value in decoder.state_dict().items() if not key.startswith("out.")}
         if own == {key: value.shape for key, value in state.items()}:
             decoder.load_state_dict(state, strict=False)
