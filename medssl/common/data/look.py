@@ -112,7 +112,7 @@ def draw(dataset, path):
 
 
 def report_volumes(source, path, size=192):
-    """What raw volumes hold; the sheet shows the middle slice of some, each scaled by its percentiles."""
+    """What raw volumes hold; a sheet, if asked for, shows the middle slice of some, scaled by its percentiles."""
     print(f"{source.name}: {source.kind}; {len(source.names)} files with volumes: prepare them with --to FOLDER")
     for note in [*source.notes, f"a group is {source.grouping or 'the volume'}"]:
         print(f"  {note}")
@@ -138,4 +138,6 @@ def report_volumes(source, path, size=192):
             masks[-1] = pixels.fitted(layer, size, "pad", Image.NEAREST)
     complain(source, problems)
     layers = [np.stack(masks)] if source.masks else []
-    sheets.sheet([("", np.stack(pictures), *layers)], path, columns=6)
+    if path:
+        sheets.sheet([("", np.stack(pictures), *layers)], path, columns=6)
+        print(f"contact sheet:           {path}")
