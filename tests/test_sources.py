@@ -411,3 +411,18 @@ def test_gray_asked_for_or_not_is_decoded_once(tmp_path):
     first = data.load(folder, 16, cache=tmp_path / "once")
     again = data.load(find(folder), 16, 1, cache=tmp_path / "once")
     assert again.images.filename == first.images.filename and len(list((tmp_path / "once").iterdir())) == 1
+
+
+def test_labels_without_images_are_refused(tmp_path):
+    np.savez(tmp_path / "set.npz", train_images=np.stack([pixels(n) for n in range(4)]),
+             train_labels=np.arange(4)[:, None], test_labels=np.arange(4)[:, None])
+    with pytest.raises(UserError, match="test_labels without images"):
+        find(tmp_path / "set.npz")
+
+
+def test_names_that_look_like_patients_are_pointed_out(tmp_path, capsys):
+    for n in range(12):
+        save(tmp_path / f"set/{'ab'[n % 2]}/P{n // 3:03}_{n:02}.png", pixels(n))
+    assert r"`--group-by 'P\d+'` makes 4 groups" in said(capsys, tmp_path / "set")
+    assert len(set(data.load(tmp_path / "set", group_by=r"P\d+").groups.tolist())) == 4
+    assert data.patient_hint(["a/1.png", "b/2.png"]) == data.patient_hint(["P1_1.png", "P2_1.png"]) == ""

@@ -8,11 +8,11 @@
 from . import phantoms
 from .cache import load_rows
 from .dataset import LEARNT_FROM, Dataset, deal, split
-from .layouts import find, shapes
+from .layouts import find, patient_hint, shapes
 from .pixels import unit
 from .sources import Source
 
-__all__ = ["LEARNT_FROM", "Dataset", "deal", "find", "load", "shapes", "split", "unit"]
+__all__ = ["LEARNT_FROM", "Dataset", "deal", "find", "load", "patient_hint", "shapes", "split", "unit"]
 
 
 def load(path, size=None, channels=None, label="label", cache=None, group_by=None, fit="pad"):

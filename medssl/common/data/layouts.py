@@ -87,6 +87,18 @@ def layout(path, label):
                     f"{path}: a set is a folder, split.csv, .npz or .npy, not a single {kind or 'unnamed'} file")
 
 
+def patient_hint(names):
+    """A line about names such as P012_03.png that look like several files of one patient, or ""."""
+    found = [re.match(r"([A-Za-z]*)\d+(?=[_-])", os.path.basename(name)) for name in names or []]
+    if not found or not all(found) or len({match[1] for match in found}) > 1:
+        return ""
+    pattern = f"{found[0][1]}\\d+"
+    groups = [match[0] for match in found]
+    if not 1 < len(set(groups)) <= len(groups) / 2 or [re.search(pattern, name)[0] for name in names] != groups:
+        return ""
+    return f"files that look like one patient: `--group-by '{pattern}'` makes {len(set(groups))} groups"
+
+
 def grouped(source, pattern):
     """The group of each image, from its name."""
     if source.kind in ARRAYS:

@@ -6,6 +6,7 @@ from .. import sheets
 from ..errors import UserError
 from . import pixels
 from .copies import NEAR, difference_hash, is_near
+from .layouts import patient_hint
 from .sources import NO_MASK, complain
 
 SHOWN = 48                                                                  # images on the contact sheet
@@ -26,7 +27,11 @@ def report(dataset, rows, kind, names, notes):
     channels = [f"{mean:.4f} {std:.4f}" for mean, std in zip(dataset.mean, dataset.std, strict=True)]
     print("mean and std:            " + ", ".join(channels))
     if dataset.groups is None:
-        print("patients:                unknown (no group column, no --group-by): a split may tear one apart")
+        print("patients:                unknown (no group column, no --group-by)")
+        print("                         dealt by image: one patient may be on both sides of a split")
+        hint = patient_hint(names)
+        if hint:
+            print(f"                         {hint}")
     if len(dataset.classes) > max(60, count / 10):
         print(f"classes:                 {len(dataset.classes)}: if these are patients, --group-by parent")
     some = np.linspace(0, count - 1, min(count, LOOKED_AT)).astype(int)
