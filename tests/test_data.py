@@ -417,7 +417,7 @@ def test_preparing_refuses_and_skips(tmp_path, capsys, monkeypatch):
     prepare.main([words[0]])
     said = capsys.readouterr().out
     assert "class b" in said and "16 bits" in said and "near copies" in said
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "contact_sheet.png", "ready", "set"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "ready", "set"]
 
 
 # ---- real files

@@ -87,7 +87,7 @@ def test_phantoms_at_the_command_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(phantoms, "make", lambda size, seed: make(40, size, seed))
     monkeypatch.chdir(tmp_path)
     text = said(capsys, "phantoms", "--size", 32, "--channels", 3, "--seed", 5)
-    assert "40 images of 32 x 32, colour" in text and "class cyst" in text and (tmp_path / "contact_sheet.png").exists()
+    assert "40 images of 32 x 32, colour" in text and "class cyst" in text and not any(tmp_path.iterdir())
     text = said(capsys, "phantoms", "--size", 32, "--seed", 5, "--to", "ready")
     assert "prepared into ready" in text
     ready, made = data.load(tmp_path / "ready"), make(40, 32, 5)
@@ -183,7 +183,7 @@ def test_looking_at_volumes_lists_what_cannot_be_used(tmp_path, capsys, monkeypa
 
 def test_what_is_made_of_a_set_does_not_become_a_part_of_it(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(class_folders(tmp_path))
-    said(capsys, ".")
+    said(capsys, ".", "--sheet", "contact_sheet.png")
     assert (tmp_path / "set/contact_sheet.png").exists() and data.load(".").classes == ("a", "b")
     with pytest.raises(UserError, match="--to ready: lies inside the set"):
         said(capsys, ".", "--to", "ready")
@@ -368,3 +368,61 @@ def test_lack_of_memory_is_a_line_and_a_mistake_is_not(tmp_path, monkeypatch):
     assert not isinstance(error.value, UserError)
     monkeypatch.setattr(decode, "write", lambda *_: (_ for _ in ()).throw(MemoryError()))
     refused(["memory", "--size"], tmp_path / "set")
+
+
+# ---- patients
+
+def test_folders_below_images_with_masks_are_patients(tmp_path):
+    for n in range(6):
+        save(tmp_path / f"set/images/P{n // 2}/{n}.png", pixels(n))
+        save(tmp_path / f"set/masks/P{n // 2}/{n}.png", pixels(n) // 128)
+    dataset = data.load(tmp_path / "set")
+    assert dataset.labels is None and dataset.groups.tolist() == [0, 0, 1, 1, 2, 2] and dataset.classes == ("0", "1")
+
+
+def test_a_split_comes_near_the_shares_asked_for(capsys):
+    images = np.zeros((40, 1, 2, 2), np.uint8)
+    each = data.Dataset("set", images, labels=np.arange(40), groups=np.arange(40))      # every patient a class
+    counts = [len(data.split(each).rows(name)) for name in ("train", "val", "test")]
+    assert counts == [28, 4, 8] and not capsys.readouterr().out
+    few = data.split(data.Dataset("set", images, groups=np.arange(40) // 20))
+    assert "0.7 0.1 0.2 was asked for" in capsys.readouterr().out and len(few.rows("train")) == 20
+
+
+def test_dealing_anew_keeps_patients_whole_and_the_unlabeled_apart():
+    splits = np.array(["train", "val", "test", "unlabeled"]).repeat(10)
+    old = data.Dataset("set", np.zeros((40, 1, 2, 2), np.uint8), groups=np.arange(40) // 2, splits=splits)
+    first, second = data.deal(old, 0), data.deal(old, 1)
+    assert (first.splits[30:] == "unlabeled").all() and (first.splits[:30] != "unlabeled").all()
+    assert (first.splits[::2] == first.splits[1::2]).all() and (first.splits != second.splits).any()
+    assert set(first.splits[:30]) == {"train", "val", "test"}
+
+
+def test_what_is_no_path_is_refused_in_a_line(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    for path, words in (("~nosuchuser/x", "not a path"), (tmp_path / "loop", "symbolic links"),
+                        (os.fsdecode(b"/tmp/\xff"), "no UTF-8")):
+        with pytest.raises(UserError, match=words):
+            find(path)
+
+
+def test_gray_asked_for_or_not_is_decoded_once(tmp_path):
+    folder = class_folders(tmp_path)
+    first = data.load(folder, 16, cache=tmp_path / "once")
+    again = data.load(find(folder), 16, 1, cache=tmp_path / "once")
+    assert again.images.filename == first.images.filename and len(list((tmp_path / "once").iterdir())) == 1
+
+
+def test_labels_without_images_are_refused(tmp_path):
+    np.savez(tmp_path / "set.npz", train_images=np.stack([pixels(n) for n in range(4)]),
+             train_labels=np.arange(4)[:, None], test_labels=np.arange(4)[:, None])
+    with pytest.raises(UserError, match="test_labels without images"):
+        find(tmp_path / "set.npz")
+
+
+def test_names_that_look_like_patients_are_pointed_out(tmp_path, capsys):
+    for n in range(12):
+        save(tmp_path / f"set/{'ab'[n % 2]}/P{n // 3:03}_{n:02}.png", pixels(n))
+    assert r"`--group-by 'P\d+'` makes 4 groups" in said(capsys, tmp_path / "set")
+    assert len(set(data.load(tmp_path / "set", group_by=r"P\d+").groups.tolist())) == 4
+    assert data.patient_hint(["a/1.png", "b/2.png"]) == data.patient_hint(["P1_1.png", "P2_1.png"]) == ""

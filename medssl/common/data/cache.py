@@ -11,6 +11,7 @@ import shutil
 import threading
 import time
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -69,11 +70,13 @@ def cached(source, wanted, cache):
     """Folder with the decoded set. The first process to come decodes, the others wait for it."""
     root = Path(cache or os.environ.get("MEDSSL_CACHE") or "~/.cache/medssl").expanduser()
     root.mkdir(parents=True, exist_ok=True)
-    asked = (wanted.size, wanted.channels, wanted.fit, bool(source.masks))
-    stem = f"{source.name}-{digest([VERSION, os.path.abspath(source.path), *map(str, asked)])}"
-    folder = root / f"{stem}-{digest(stamps(source))}"
+    stem, folder = target(source, wanted, root)
     if folder.is_dir():
         return folder
+    own = replace(wanted, channels=None)
+    if wanted.channels and (plain := target(source, own, root)[1]).is_dir() \
+            and as_asked(plain, None, wanted.channels):                     # decoded with these channels already
+        return plain
     with lock(root / f"{stem}.lock"):
         if folder.is_dir():                                                 # another process was faster
             return folder
@@ -87,6 +90,13 @@ def cached(source, wanted, cache):
         finally:
             shutil.rmtree(part, ignore_errors=True)
     return folder
+
+
+def target(source, wanted, root):
+    """What the names of all folders of a set so decoded start with, and the folder of its files as they are now."""
+    asked = (wanted.size, wanted.channels, wanted.fit, bool(source.masks))
+    stem = f"{source.name}-{digest([VERSION, os.path.abspath(source.path), *map(str, asked)])}"
+    return stem, root / f"{stem}-{digest(stamps(source))}"
 
 
 def build(source, folder, wanted):

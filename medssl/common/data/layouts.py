@@ -3,9 +3,14 @@
     folder or split.csv         see sources.py
     .npz .npy prepared folder   see stacks.py
 """
+import contextlib
 import os
 import re
+import tempfile
+import zipfile
 from pathlib import Path
+
+import numpy as np
 
 from ..errors import UserError
 from . import readers
@@ -15,9 +20,18 @@ from .stacks import from_npy, from_npz, from_prepared
 
 def find(path, label="label", group_by=None, volumes=False):
     """The Source behind a path. Volumes are refused unless asked for: they have to be cut into slices first."""
-    path = Path(os.path.abspath(Path(path).expanduser()))
-    if not path.exists():
-        raise UserError(f"{path}: no such file or folder (the built-in set is called phantoms)")
+    try:
+        str(path).encode()
+        path = Path(os.path.abspath(Path(path).expanduser()))
+        path.stat()
+    except UnicodeEncodeError:
+        raise UserError(f"{str(path)!a}: the name is no UTF-8; rename it") from None
+    except (RuntimeError, ValueError) as error:                             # ~nosuchuser; a zero byte
+        raise UserError(f"{path!s}: not a path ({error})") from None
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file or folder (the built-in set is called phantoms)") from None
+    except OSError as error:                                                # a link to itself, a folder of others
+        raise UserError(f"{path}: {error.strerror}") from None
     source = layout(path, label)
     if label != "label" and source.kind not in ("split.csv", PREPARED):
         raise UserError(f"{path}: label={label} picks a column of a split.csv, and there is none")
@@ -31,6 +45,22 @@ def find(path, label="label", group_by=None, volumes=False):
         if group_by == "parent" and source.kind == "class folders":
             source.kind, source.labels = "one folder per group", None       # the folders are patients then, not classes
     return source
+
+
+def shapes(source, most=16):
+    """Shapes (rows, columns[, 3]) of a few evenly spread images. What cannot be read is left to decoding, which lists
+    all of it."""
+    some = []
+    with contextlib.suppress(ValueError, OSError, KeyError, zipfile.BadZipFile):
+        if source.kind == "npz":                                            # says it in its head, without unpacking
+            with zipfile.ZipFile(source.path) as archive:
+                return [readers.npz_header(archive, "train_images")[0][1:]]
+        with tempfile.TemporaryDirectory() as folder:
+            read = source.open(folder)[0]
+            for row in sorted(set(np.linspace(0, len(source.names) - 1, most).astype(int).tolist())):
+                with contextlib.suppress(ValueError, OSError):
+                    some.append(np.shape(read(row)))
+    return some
 
 
 def layout(path, label):
@@ -55,6 +85,18 @@ def layout(path, label):
     way = readers.way_out(kind)
     raise UserError(f"{path}: {kind} {way}" if way else
                     f"{path}: a set is a folder, split.csv, .npz or .npy, not a single {kind or 'unnamed'} file")
+
+
+def patient_hint(names):
+    """A line about names such as P012_03.png that look like several files of one patient, or ""."""
+    found = [re.match(r"([A-Za-z]*)\d+(?=[_-])", os.path.basename(name)) for name in names or []]
+    if not found or not all(found) or len({match[1] for match in found}) > 1:
+        return ""
+    pattern = f"{found[0][1]}\\d+"
+    groups = [match[0] for match in found]
+    if not 1 < len(set(groups)) <= len(groups) / 2 or [re.search(pattern, name)[0] for name in names] != groups:
+        return ""
+    return f"files that look like one patient: `--group-by '{pattern}'` makes {len(set(groups))} groups"
 
 
 def grouped(source, pattern):

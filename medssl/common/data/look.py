@@ -6,6 +6,7 @@ from ..errors import UserError
 from ..pictures import sheet
 from . import pixels
 from .copies import NEAR, difference_hash, is_near
+from .layouts import patient_hint
 from .sources import NO_MASK, complain
 
 SHOWN = 48                                                                  # images on the contact sheet
@@ -26,7 +27,11 @@ def report(dataset, rows, kind, names, notes):
     channels = [f"{mean:.4f} {std:.4f}" for mean, std in zip(dataset.mean, dataset.std, strict=True)]
     print("mean and std:            " + ", ".join(channels))
     if dataset.groups is None:
-        print("patients:                unknown (no group column, no --group-by): a split may tear one apart")
+        print("patients:                unknown (no group column, no --group-by)")
+        print("                         dealt by image: one patient may be on both sides of a split")
+        hint = patient_hint(names)
+        if hint:
+            print(f"                         {hint}")
     if len(dataset.classes) > max(60, count / 10):
         print(f"classes:                 {len(dataset.classes)}: if these are patients, --group-by parent")
     some = np.linspace(0, count - 1, min(count, LOOKED_AT)).astype(int)
@@ -103,16 +108,16 @@ def draw(dataset, path):
     """The contact sheet: images evenly over the classes, masks laid over them."""
     order = np.arange(len(dataset)) if dataset.labels is None else np.argsort(dataset.labels, kind="stable")
     rows = order[np.linspace(0, len(order) - 1, min(len(order), SHOWN)).astype(int)]
-    titles = ()
+    titles = None
     if dataset.labels is not None:
         titles = [dataset.classes[label] if label >= 0 else "no label" for label in dataset.labels[rows]]
     images = pixels.unit(dataset.images[rows])
     masks = [] if dataset.masks is None else [dataset.masks[rows]]
-    sheet([("", images, *masks)], path, titles=titles, columns=8)
+    sheet([("", images, *masks)], path, titles or (), columns=8)
 
 
 def report_volumes(source, path, size=192):
-    """What raw volumes hold; the sheet shows the middle slice of some, each scaled by its percentiles."""
+    """What raw volumes hold; a sheet, if asked for, shows the middle slice of some, scaled by its percentiles."""
     print(f"{source.name}: {source.kind}; {len(source.names)} files with volumes: prepare them with --to FOLDER")
     for note in [*source.notes, f"a group is {source.grouping or 'the volume'}"]:
         print(f"  {note}")
@@ -138,4 +143,6 @@ def report_volumes(source, path, size=192):
             masks[-1] = pixels.fitted(layer, size, "pad", Image.NEAREST)
     complain(source, problems)
     layers = [np.stack(masks)] if source.masks else []
-    sheet([("", np.stack(pictures), *layers)], path, columns=6)
+    if path:
+        sheet([("", np.stack(pictures), *layers)], path, columns=6)
+        print(f"contact sheet:           {path}")

@@ -1,6 +1,6 @@
 """Looking at a set of images, and preparing one: the command line.
 
-    python -m medssl.common.data PATH               says what is there and draws contact_sheet.png
+    python -m medssl.common.data PATH               says what is there; --sheet FILE.png draws some of it
     python -m medssl.common.data PATH --to FOLDER --window -160 240 --dedupe --split 0.7 0.1 0.2
 
 Preparing turns volumes into slices and 16-bit or floating values into 8 bits, which everything here can train on.
@@ -57,8 +57,11 @@ def main(arguments=None):
     flag("--axis", type=int, choices=(0, 1, 2), default=0, help="of (z, rows, columns), that volumes are cut across")
     flag("--dedupe", action="store_true", help="drop exact copies, and near copies within a group")
     flag("--split", type=float, nargs=3, metavar=("TRAIN", "VAL", "TEST"), help="deal the groups: 0.7 0.1 0.2")
+    flag("--sheet", type=cli.filled, metavar="FILE.png", help="draw some of the images, with their masks, here")
     flag("--skip-unreadable", action="store_true", help="go on without the files that cannot be read")
     words = parser.parse_args(arguments)
+    if words.to and words.sheet:
+        raise UserError("--sheet is for looking; with --to, the sheet lies in the new folder")
     if words.to:
         prepare(words)
         return
@@ -69,24 +72,28 @@ def main(arguments=None):
 
 
 def look(words):
-    """Prints what a set holds, and draws its contact sheet here."""
+    """Prints what a set holds, and draws its contact sheet where one is asked for."""
+    sheet = Path(words.sheet) if words.sheet else None
+    if sheet and (sheet.is_symlink() or sheet.exists() or sheet.suffix.lower() != ".png"
+                  or not sheet.parent.is_dir()):
+        raise UserError(f"--sheet {sheet}: name a new .png file in a folder that exists")
     if words.path == "phantoms":
         check_phantoms(words)
         dataset = phantoms.opened(words.size, words.channels, words.seed)
         report(dataset, None, sources.BUILT_IN, None, ["a group is a patient"])
-        draw(dataset, SHEET)
     else:
         source = find(words.path, words.label, words.group_by, volumes=True)
         if source.volumes:
-            report_volumes(source, SHEET)
-        else:
-            dataset, rows = cache.load_rows(source, words.size, words.channels, words.cache, words.fit)
-            notes = [f"a group is {source.grouping}"] if source.grouping else []
-            if (rows["shapes"][:, 0] != rows["shapes"][:, 1]).any():
-                notes.append(f"those that are not square are {pixels.FITTING[words.fit]}")
-            report(dataset, rows, source.kind, source.names, notes)
-            draw(dataset, SHEET)
-    print(f"contact sheet:           {SHEET}")
+            report_volumes(source, words.sheet)
+            return
+        dataset, rows = cache.load_rows(source, words.size, words.channels, words.cache, words.fit)
+        notes = [f"a group is {source.grouping}"] if source.grouping else []
+        if (rows["shapes"][:, 0] != rows["shapes"][:, 1]).any():
+            notes.append(f"those that are not square are {pixels.FITTING[words.fit]}")
+        report(dataset, rows, source.kind, source.names, notes)
+    if words.sheet:
+        draw(dataset, words.sheet)
+        print(f"contact sheet:           {words.sheet}")
 
 
 # ---- preparing

@@ -173,12 +173,13 @@ def from_folder(path):
     parents = ["/".join(part[:-1]) for part in parts]
     kind, labels, notes = "images and masks" if masks else "folder of images", None, []
     groups, grouping = patients(files)
-    if all(len(part) == 2 for part in parts) and not any(is_solid(file) and not is_dicom(file) for file in files):
+    solid = any(is_solid(file) and not is_dicom(file) for file in files)
+    if not masks and not solid and all(len(part) == 2 for part in parts):   # beside masks, folders are patients
         if len(set(parents)) > 1:
             kind, labels = "class folders", parents
-        elif not masks:
+        else:
             notes = [f"only one folder ({parents[0]}), so only one class: no labels"]
-    if len(set(parents)) > 1 and not labels and not groups and not splits:  # who made the splits knew the patients
+    if len(set(parents)) > 1 and not labels and not groups and (masks or not splits):
         groups, grouping = parents, "the folder"
     return from_files(path, kind, names, files, masks, labels=labels, groups=groups, splits=splits, grouping=grouping,
                       notes=notes)

@@ -51,6 +51,9 @@ def believed(archive, packed):
     parts = [part for part in ("train", "val", "test") if f"{part}_images" in keys]
     if "train" not in parts or any(f"{part}_labels" not in keys for part in parts):
         raise ValueError(f"not a MedMNIST file: no train_images or no labels, but {', '.join(keys)}")
+    lost = [f"{part}_labels" for part in ("val", "test") if part not in parts and f"{part}_labels" in keys]
+    if lost:
+        raise ValueError(f"{lost[0]} without images: the file is damaged, or not a MedMNIST file")
     images = [readers.npz_header(archive, f"{part}_images") for part in parts]
     labels = [readers.npz_header(archive, f"{part}_labels") for part in parts]
     for part, (shape, kind), (named, named_kind) in zip(parts, images, labels, strict=True):
