@@ -253,7 +253,7 @@ def report(monitor, args, done, seconds):
     if done is not None and done < args.steps:
         print(f"next: python train.py --resume --out {out}")
         return
-    if monitor.latest.get("knn", 1) < max(monitor.start.values(), default=0):
+    if monitor.fell():
         harm(monitor, args)
     print(f"next: python evaluate.py {out}")
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from medssl import METHODS
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("data/*.md")])
 
@@ -43,3 +45,8 @@ def test_pictures_are_all_shown_and_figures_filled_in(name):
     text = (ROOT / "docs" / f"{name}.md").read_text()
     there = {f"{name}/{path.name}" for path in (ROOT / "docs" / name).glob("*")}
     assert there == set(re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)) and ">?<!--" not in text
+
+
+def test_every_method_has_its_row():
+    rows = re.findall(r"^\| \[(\w+)\]\(medssl/\1\.py\)", (ROOT / "README.md").read_text(), re.M)
+    assert sorted(rows) == sorted(METHODS), f"README's table wants one row a method: {set(rows) ^ set(METHODS)}"

@@ -154,8 +154,17 @@ def test_a_config_that_does_not_do_and_a_checkpoint_of_another_method(split, cap
 
 def test_both_random_networks_stand_beside_the_trained_one_and_harm_is_told(split, capsys, monkeypatch):
     """As it starts, and with BatchNorm's statistics of the images: what each scores is known from elsewhere."""
-    knn, scores = Monitor.knn, iter([None, None, 0.2, 0.1, 0.0])            # None: as it is
-    monkeypatch.setattr(Monitor, "knn", lambda *given: knn(*given) if (score := next(scores)) is None else score)
+    knn, asked = Monitor.knn, []
+
+    def poor(monitor, encoder, name="trained"):
+        """After training everything is wrong."""
+        asked.append(name)
+        score = knn(monitor, encoder, name)
+        if name == "trained":
+            monitor.right[name][:] = False
+            score = 0.3 - len(asked) / 10
+        return score
+    monkeypatch.setattr(Monitor, "knn", poor)
     train.main(["--method", "simclr", "--data", str(split), *FAST, "--out", "run"])
     said = capsys.readouterr().out
     dataset = data.load(split, 32)
@@ -169,6 +178,19 @@ def test_both_random_networks_stand_beside_the_trained_one_and_harm_is_told(spli
         features.set_statistics(encoder, dataset.images, rows, torch.device("cpu"))
     assert f"{right[0]:.3f} before training; {right[1]:.3f} before training, normalised; 0.500 by chance" in said
     assert "LESS THAN BEFORE" in said and "--steps 1 " in said and "--views mild" in said
+
+
+def test_a_fall_within_its_error_is_not_told(split):
+    dataset = data.load(split, 32)
+    monitor = Monitor(encoders.build("tiny"), dataset, dataset.rows("train"), torch.device("cpu"),
+                      loop.Config(steps=2, batch=8, lr=1.0, out="."))
+    monitor.looks, monitor.start = {1: 0.5}, {"before training": 1.0}
+    for wrong, told in ((1, False), (2, False), (10, True)):
+        monitor.right = {"before training": np.ones(16, bool), "trained": np.arange(16) >= wrong}
+        assert monitor.fell() == told, wrong
+    monitor.right["trained"] = np.arange(16) >= 10
+    monitor.dataset.groups = np.zeros(len(dataset), int)                    # all of one patient: nothing is known
+    assert not monitor.fell()
 
 
 def test_views_are_drawn_before_the_first_step_and_the_rest_at_each_look(split, monkeypatch):

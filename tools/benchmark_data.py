@@ -9,6 +9,7 @@ It makes gray 128 x 128 PNGs in a temporary folder, which it deletes again, and 
     memory      anonymous memory of a process that opened COUNT/10 and COUNT images, and its peak while decoding them
 """
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -23,9 +24,9 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from medssl.common import data
-from medssl.common.data import decode
 
 SIZE = 128
+WORKERS = os.cpu_count() or 1
 
 
 def make(folder, numbers):
@@ -46,7 +47,7 @@ def plain_loop(files, chunk):
         for row in range(first, min(first + chunk, len(files))):
             with Image.open(files[row]) as picture:
                 images[row] = picture
-    with ThreadPoolExecutor(decode.workers()) as pool:
+    with ThreadPoolExecutor(WORKERS) as pool:
         list(pool.map(open_some, range(0, len(files), chunk)))
 
 
@@ -90,7 +91,7 @@ def main(count):
         for folder, number in (few, count // 10), (many, count):
             for label in range(10):
                 (folder / str(label)).mkdir(parents=True)
-            with ThreadPoolExecutor(decode.workers()) as pool:
+            with ThreadPoolExecutor(WORKERS) as pool:
                 list(pool.map(make, [folder] * 16, [range(first, number, 16) for first in range(16)]))
         files = sorted(map(str, few.rglob("*.png")))
         speeds = []                                                         # in turn: other programs may interfere
@@ -100,7 +101,7 @@ def main(count):
             speeds.append(len(files) / np.array(seconds))
         ours, single, chunked = np.median(speeds, 0)
         print(f"decoding   {ours:.0f} images/s; plain loop {single:.0f} ({ours / single:.2f} times), in chunks of 32 "
-              f"{chunked:.0f} ({ours / chunked:.2f} times); {decode.workers()} threads, medians of 5")
+              f"{chunked:.0f} ({ours / chunked:.2f} times); {WORKERS} threads, medians of 5")
         for folder in few, many:
             first, second = opened(folder, root / "cache"), opened(folder, root / "cache")
             print(f"opening    {second['count']} images in {second['seconds']:.2f} s from the cache, "

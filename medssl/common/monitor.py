@@ -33,7 +33,8 @@ class Monitor:
         normalised = features.set_statistics(copy.deepcopy(first), dataset.images, pick(rows)[:KNOWN], device)
         before = {"before training": first, "before training, normalised": normalised}
         self.spectra = {name: metrics.spectrum(self.features(encoder, self.fixed)) for name, encoder in before.items()}
-        self.start = {} if self.unscored else {name: self.knn(encoder) for name, encoder in before.items()}
+        self.right = {}                                                     # which validation images a kNN tells
+        self.start = {} if self.unscored else {name: self.knn(encoder, name) for name, encoder in before.items()}
 
     def why_not(self):
         """Why a kNN cannot be scored, and what would help; None where it can."""
@@ -51,11 +52,25 @@ class Monitor:
     def features(self, encoder, rows):
         return features.extract(encoder, self.dataset.images, rows, self.device)
 
-    def knn(self, encoder):
+    def knn(self, encoder, name="trained"):
         """Balanced accuracy on the validation patients."""
         known, asked = self.features(encoder, self.train), self.features(encoder, self.val)
-        votes = features.knn(known, self.dataset.labels[self.train], asked)
-        return float(metrics.balanced_accuracy(self.dataset.labels[self.val], votes.argmax(1)))
+        votes = features.knn(known, self.dataset.labels[self.train], asked).argmax(1)
+        self.right[name] = votes == self.dataset.labels[self.val]
+        return float(metrics.balanced_accuracy(self.dataset.labels[self.val], votes))
+
+    def fell(self):
+        """Whether the trained features tell clearly less than the untrained network's: by more than twice the standard
+        error, patients being what is drawn. On few patients the score jumps by chance alone."""
+        if not self.looks:
+            return False
+        before = self.right[max(self.start, key=self.start.get)]
+        labels = self.dataset.labels[self.val]
+        share = 1 / np.bincount(labels)[labels] / len(np.unique(labels))    # each class weighs alike
+        loss = (before.astype(float) - self.right["trained"]) * share       # (N,), adds up to the fall of the score
+        groups = np.arange(len(labels)) if self.dataset.groups is None else self.dataset.groups[self.val]
+        each = np.bincount(np.unique(groups, return_inverse=True)[1], loss)                 # (patients,)
+        return len(each) > 1 and loss.sum() > 2 * each.std(ddof=1) * len(each) ** 0.5
 
     def chance(self):
         """What guessing would score."""
