@@ -60,7 +60,8 @@ What holds for all methods, unless a header says otherwise:
 
 A file's RECIPE holds its paper's training settings: optimizer, lr (per 256 images for sgd, lars and lamb, as it stands
 for adam and adamw), weight_decay, batch, epochs, warmup (epochs), views (a name from common/augment.py), size; and
-where the paper has them options (of the optimiser), clip, weight_decay_end, views_small.
+where the paper has them options (of the optimiser), clip, weight_decay_end, views_small, and decoder (words of the
+decoder that train.py builds).
 
 A file's SMALL holds what the method needs in a short run of a small network on small images, each value with the
 measurement that chose it, or the words "a guess": words of its constructor, and where RECIPE's or the run's do not do,

@@ -192,6 +192,7 @@ def test_regions_are_read_from_a_map_as_fine_as_the_grid():
     encoder = tiny_encoder()
     for size, stage in ((32, 0), (64, 1), (128, 2), (256, 3), (None, 3)):
         assert MedMoCo(encoder, Flip(), queue_size=8, size=size).local_projector[0].in_features == encoder.widths[stage]
+    assert method().side == 8
 
 
 def test_each_part_can_be_switched_off():
@@ -225,6 +226,12 @@ def test_each_part_can_be_switched_off():
     torch.testing.assert_close(outs["zca", 0.5]["local"], outs[None, 0.5]["local"])     # regions are not whitened
     assert abs(outs["zca", 0.5]["global"] - outs[None, 0.5]["global"]) > 1e-3
     assert method().encoder.state_dict().keys() == tiny_encoder().state_dict().keys()   # what is exported stays plain
+
+
+def test_the_words_of_decorrelation():
+    x = torch.randn(40, 8) @ torch.randn(8, 8)
+    for word, expected in (("zca", zca(x, medmoco.EPS, 2)), ("iternorm", iternorm(x, 5, medmoco.EPS, 2)), (None, x)):
+        torch.testing.assert_close(method(decorrelation=word).whiten(x, 2), expected)
 
 
 def test_keys_are_whitened_in_their_chunk():
