@@ -340,8 +340,8 @@ def draw_clusters(seen, views, looks, count=3, most=5):
 
 def draw_places(seen, views, looks, count=2, most=6):
     """A row for each image: regions of view 1, where they lie in view 2, and where networks take them to lie."""
-    first, second, _, _, *points, valid = views                             # valid (B, R)
-    points = [each.unflatten(1, (-1, 9)).mean(2) for each in points]        # 2 x (B, R, 2) middles of regions
+    first, second, _, *points, valid = views                                # valid (B, R)
+    points = [each.mean(2) for each in points]                              # 2 x (B, R, 2) middles of regions
     best = valid.sum(1).clamp(max=most).argsort(descending=True, stable=True)[:count].tolist()
     chosen = {image: spread_out(points[1][image], valid[image], most) for image in best}
     columns = [[captioned(dotted(view[image], at[image, chosen[image]]), words, "", "") for image in best]
@@ -388,7 +388,7 @@ DRAWN = {"rotation": (draw_answers, "head"), "relative": (draw_patches, "head"),
          **dict.fromkeys(("simclr", "dcl", "vicreg", "lejepa"), (draw_pairs, "projector", "projector")),
          "simsiam": (draw_pairs, "predictor", "projector"), "byol": (draw_pairs, "predictor", "target_projector"),
          "moco": (draw_pairs, "projector", "key_projector"), "swav": (draw_clusters, "projector"),
-         "medmoco": (draw_places, "local_projector", "key_local_projector")}
+         "medmoco": (draw_places, "local_projector", "slow.2")}
 FAMILY = "simclr", "dcl", "moco", "vicreg", "lejepa", "simsiam", "byol"     # two views: one picture for all
 STEPS = {"simclr": 500, "dcl": 800, "vicreg": 600, "simsiam": 600, "byol": 400, "moco": 500, "medmoco": 500,
          "rubik": 500, "genesis": 400}                                      # of the trainings for these pictures; else:

@@ -21,7 +21,6 @@ Differences.
 - Training. Here: optimiser, batch and size are those of the first part's RECIPE, each part's augmentation that of its
   own.
 - What is kept. Here: `encoder`, also where a part alone would export another.
-- Accumulation of gradients. Here: each part says what it means.
 """
 
 import inspect
@@ -36,22 +35,11 @@ class Together(nn.Module):
     def __init__(self, encoder, augment, parts, weights=None):
         super().__init__()
         self.encoder, self.augment = encoder, augment                       # the parts bring their own augmentations
-        weights = weights or {}
-        kinds = [type(part).__name__ for part in parts.values()]
-        twice = sorted({kind for kind in kinds if kinds.count(kind) > 1})
         strangers = [name for name, part in parts.items() if part.encoder is not encoder]
-        unknown = sorted(set(weights) - set(parts))
-        if not parts:
-            raise ValueError("there are no parts to add")
-        if twice:
-            raise ValueError(f"no part may stand twice: {', '.join(twice)}")
-        if strangers:
+        if strangers:                                                       # would be trained, and not kept
             raise ValueError(f"{', '.join(strangers)}: built on another encoder; build every part on the one encoder")
-        if unknown:
-            raise ValueError(f"weights for {', '.join(unknown)}, but the parts are {', '.join(parts)}")
-        check(**{f"{name}.weight": (weight, 0.0, 1e6) for name, weight in weights.items()})
         self.parts = nn.ModuleDict(parts)
-        self.weights = {name: weights.get(name, 1.0) for name in parts}
+        self.weights = dict.fromkeys(parts, 1.0) | (weights or {})
 
     @torch.no_grad()
     def views(self, images, labels=None, masks=None, groups=None):
@@ -64,9 +52,9 @@ class Together(nn.Module):
 
     def forward(self, *views):
         outs = {name: part(*view) for (name, part), view in zip(self.parts.items(), views)}
-        together = {"loss": sum(self.weights[name] * out["loss"] for name, out in outs.items())}           # Eq. 1
+        together = {"loss": sum(weight * outs[name]["loss"] for name, weight in self.weights.items())}     # Eq. 1
         if all("chance" in out for out in outs.values()):
-            together["chance"] = sum(self.weights[name] * out["chance"] for name, out in outs.items())
+            together["chance"] = sum(weight * outs[name]["chance"] for name, weight in self.weights.items())
         for word in ("embedding", "restored"):
             found = [out[word] for out in outs.values() if word in out]
             if found:
@@ -79,11 +67,3 @@ class Together(nn.Module):
             own = f"{name}."
             part.after_step([{word.removeprefix(own): value for word, value in out.items() if word.startswith(own)}
                              for out in outs], progress)
-
-
-def check(**words):
-    """word=(value, low, high): a ValueError in one line where a value is not from low to high, or not as whole."""
-    for word, (value, low, high) in words.items():
-        whole = isinstance(low, int)
-        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not low <= value <= high:
-            raise ValueError(f"{word}={value}: has to be a {'whole ' * whole}number from {low} to {high}")

@@ -231,7 +231,8 @@ def test_half_precision_is_raised(loss, half):
     wanted = loss(a.float(), b.float())
     with torch.autocast("cpu", dtype=half):
         found = loss(a, b)
-    assert found.dtype == torch.float32 and found == wanted
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
     assert loss(a.double(), b.double()).dtype == torch.float64
 
 
@@ -241,7 +242,7 @@ def test_chance_is_the_loss_of_equal_embeddings(method):
     outs = method(torch.ones(6, 4), torch.ones(6, 4))
     assert outs["loss"].item() == pytest.approx(outs["chance"], rel=1e-5)
     if "covariance" in outs:
-        assert outs["covariance"] == 0
+        assert abs(outs["covariance"]) < 1e-10
 
 
 # LeJEPA
@@ -304,7 +305,7 @@ def test_lejepa_draws_crops_and_directions_in_views():
     assert not torch.equal(directions, method.views(batch(6))[-1])          # anew at every step
     outs = method(*crops, directions)
     assert outs["embedding"].shape == (6, 4)
-    assert not torch.equal(outs["sigreg"], method(*crops, directions.roll(1, 0))["sigreg"])
+    assert abs(outs["sigreg"] - method(*crops, directions.roll(1, 0))["sigreg"]) > 1e-4
     assert len(LeJEPA(tiny_encoder(), Flip()).views(batch(2))) == 3
 
 
@@ -423,14 +424,14 @@ def test_swav_makes_as_many_small_crops_as_told():
     views = method.views(batch(6))
     assert [v.shape[2] for v in views] == [64, 64, 32, 32, 32]
     outs = method(*views)
-    assert outs["embedding"].shape == (6, 4) and outs["chance"] == math.log(5)
+    assert outs["embedding"].shape == (6, 4) and outs["chance"] == pytest.approx(math.log(5))
     assert len(SwAV(tiny_encoder(), Flip()).views(batch(2))) == 2
 
 
 def test_swav_prototypes_are_frozen_as_told_and_stay_unit():
     torch.manual_seed(0)
     method = copy.deepcopy(on_embeddings(SwAV, 4, prototypes=5, freeze=2))  # copies freeze as well
-    optimizer = torch.optim.SGD([method.prototypes], lr=1.0, momentum=0.9, weight_decay=0.1)
+    optimizer = torch.optim.Adam([method.prototypes], lr=0.05, weight_decay=0.1)        # its decay turns the rows
     start, moved = method.prototypes.detach().clone(), []
     for step in range(4):
         optimizer.zero_grad()
@@ -439,7 +440,7 @@ def test_swav_prototypes_are_frozen_as_told_and_stay_unit():
         optimizer.step()
         method.after_step([outs], (step + 1) / 4)
         torch.testing.assert_close(method.prototypes.norm(dim=1), torch.ones(5))
-        moved.append((method.prototypes - start).abs().max().item() > 1e-5)
+        moved.append((method.prototypes - start).abs().max().item() > 1e-3)
     assert moved == [False, False, True, True]
     torch.testing.assert_close(on_embeddings(SwAV, 4).prototypes.norm(dim=1), torch.ones(500))
 
@@ -456,8 +457,8 @@ def test_swav_queue_wraps_and_joins_the_codes_once_it_is_full():
             outs.append(method(*x))
             expected.append(plain(*x)["loss"])
             seen = torch.cat([seen, F.normalize(x, dim=2)], 1)
-        alike = all(torch.equal(out["loss"], loss) for out, loss in zip(outs, expected))
-        assert alike == (step < 3)                                          # 3, 6, 9: full after the third step
+        apart = max(abs(out["loss"] - loss) for out, loss in zip(outs, expected))
+        assert apart < 1e-5 if step < 3 else apart > 1e-3                   # 3, 6, 9: full after the third step
         method.after_step(outs, 0.5)
     slots = torch.arange(seen.shape[1])[-7:]
     torch.testing.assert_close(method.queue[:, slots % 7], seen[:, -7:])

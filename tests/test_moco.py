@@ -1,4 +1,4 @@
-"""MoCo: contrast, queue and slow network equal the official code's; split BatchNorm, patients, wrap-around."""
+"""MoCo: contrast, queue and slow network equal the official code's; split BatchNorm, rows to skip, wrap-around."""
 
 import math
 from pathlib import Path
@@ -26,11 +26,6 @@ def method(**words):
     return MoCo(tiny_encoder(), Flip(), **{"dim": 32, "queue_size": 24, **words})
 
 
-def step(keys, groups=None):
-    """What forward hands to after_step."""
-    return {"keys": keys, "groups": torch.full((len(keys),), -1) if groups is None else groups}
-
-
 def test_info_nce_equals_golden():
     k, queue, temperature = golden("k")[0], golden("queue"), golden("temperature")
     q, raw = golden("q").requires_grad_(), golden("q_raw").requires_grad_()
@@ -46,7 +41,7 @@ def test_queue_equals_golden():
     model = method().double()
     model.queue.copy_(golden("queue"))
     for s in range(4):
-        model.after_step([step(golden("k")[s])], 0.5)
+        model.after_step([{"keys": golden("k")[s]}], 0.5)
         torch.testing.assert_close(model.queue, golden("queue_after")[s], rtol=0, atol=1e-12)
         assert model.pointer == golden("pointer_after")[s]
 
@@ -67,16 +62,14 @@ def test_ema_equals_golden():
 def test_queue_wraps_around(count):
     """Any batch with any queue: row by row in a ring, the micro-batches of a step one after the other."""
     model, ring, place = method(), method().queue.clone(), 0
-    ring_groups = torch.full((24,), -1)
     for _ in range(3):
-        outs = [step(torch.randn(n, 32), torch.randint(9, (n,))) for n in (count, 3)]
+        outs = [{"keys": torch.randn(n, 32)} for n in (count, 3)]
         model.after_step(outs, 0.5)
         for out in outs:
-            for key, group in zip(out["keys"], out["groups"]):
-                ring[place], ring_groups[place] = key, group
+            for key in out["keys"]:
+                ring[place] = key
                 place = (place + 1) % 24
-        assert torch.equal(model.queue, ring) and torch.equal(model.queue_groups, ring_groups)
-        assert model.pointer == place
+        assert torch.equal(model.queue.roll(-int(model.pointer), 0), ring.roll(-place, 0))      # the oldest row first
 
 
 def test_key_network_follows_after_the_step():
@@ -114,7 +107,7 @@ def test_keys_keep_their_rows_and_chunks_their_statistics():
     assert len(moco.split_order(torch.arange(3), 8)) == 1
 
 
-def test_same_patient_is_skipped():
+def test_rows_to_skip_are_not_counted():
     torch.manual_seed(0)
     q, k, queue = (F.normalize(torch.randn(n, 8, dtype=torch.float64), dim=1) for n in (4, 4, 6))
     skip = torch.rand(4, 6) < 0.4
@@ -125,25 +118,18 @@ def test_same_patient_is_skipped():
         expected -= math.log(own / (own + others)) / 4
     assert info_nce(q, k, queue, 0.2, skip).item() == pytest.approx(expected, abs=1e-10)
 
-    groups, queued = torch.tensor([3, -1, 5]), torch.tensor([3, -1, 4, 3])
-    assert moco.same_patient(groups, queued).tolist() == [[True, False, False, True], [False] * 4, [False] * 4]
 
-    model = method(same_patient_negatives=False)
-    model.queue_groups[:6] = 2
-    views = model.views(batch(4), torch.tensor([2, 2, 1, -1]))
-    chance = (2 * math.log(19) + 2 * math.log(25)) / 4
-    out = model(*views)
-    assert out["chance"].item() == pytest.approx(chance, abs=1e-5)
-    model.after_step([{"keys": out["keys"], "groups": out["groups"]}], 1.0)
-    assert model.queue_groups[:6].tolist() == [2, 2, 1, -1, 2, 2]           # those of the new keys, then as before
-    assert method()(*views)["chance"].item() == pytest.approx(math.log(25), abs=1e-5)
-    assert model.views(batch(4))[3].tolist() == [-1] * 4                                    # a set without patients
-
-
-def test_accuracy_counts_the_own_key_on_top():
+def test_accuracy_counts_the_own_key_on_top_and_chance_all_rows():
     torch.manual_seed(0)
-    q, queue = F.normalize(torch.randn(4, 8), dim=1), F.normalize(torch.randn(6, 8), dim=1)
+    encoder = nn.Identity()
+    encoder.dim = 8
+    model = MoCo(encoder, None, dim=8, queue_size=6)
+    model.projector, model.key_projector = nn.Identity(), nn.Identity()
+    q = F.normalize(torch.randn(4, 8), dim=1)
     k = q.clone()
     k[1] = F.normalize(q[1] + F.normalize(torch.randn(8), dim=0), dim=0)                    # similar,
-    queue[2] = q[1]                                                                         # but another one is more so
-    assert q[1] @ k[1] > 0.3 and moco.contrast_scores(q, k, queue)[0] == 0.75
+    model.queue[2] = q[1]                                                                   # but another one is more so
+    out = model(q, k, torch.randperm(4))
+    assert 0.3 < q[1] @ k[1] < 0.95
+    assert float(out["accuracy"]) == pytest.approx(0.75) and float(out["chance"]) == pytest.approx(math.log(7))
+    torch.testing.assert_close(out["loss"], info_nce(q, k, model.queue, 0.07))

@@ -57,7 +57,7 @@ CASES = {
     "swav": lambda: Rows(swav_method(), views=4),
     "swav with queue": lambda: Rows(swav_method(queue_size=16)),
     "moco": lambda: Rows(moco.MoCo(identity(), None, dim=DIM, queue_size=20),
-                         others=lambda rows: (torch.arange(len(rows)), rows)),              # order, patients
+                         others=lambda rows: (torch.arange(len(rows)),)),                   # the order of the keys
 }
 
 
