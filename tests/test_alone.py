@@ -78,7 +78,7 @@ def train(name, class_name):
                     p -= 0.1 * p.grad
         kept = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in out.items()}
         method.after_step([kept], (step + 1) / 3)
-    assert out["loss"].isfinite() and not torch.equal(before, encoder.a[0].weight), name
+    assert out["loss"].isfinite() and (encoder.a[0].weight - before).abs().max() > 1e-5, name
     return float(out["loss"])
 
 print(json.dumps({name: train(name, class_name) for name, class_name in methods.items()}))

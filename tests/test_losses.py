@@ -56,64 +56,51 @@ def on_embeddings(method_class, dim, **words):
 
 # Golden numbers
 
-@both_types
-@pytest.mark.parametrize("which", (0, 1))
-def test_nt_xent_golden(dtype, which):
-    g, z = golden("nt_xent", dtype, "z1", "z2")
-    loss = nt_xent(*z, g["temperatures"][which].item())
-    same(loss, g["loss"][which])
-    for name, grad in zip(("grad_z1", "grad_z2"), torch.autograd.grad(loss, z)):
-        same(grad, g[name][which], worst=10)
-    outs = on_embeddings(SimCLR, 64)(*z)
-    assert outs["chance"] == pytest.approx(g["chance"].item())
+def both(loss):
+    return lambda p1, p2, z1, z2: loss(p1, z2.detach()) + loss(p2, z1.detach())
+
+
+def dcl(z1, z2, temperature, sigma=None):
+    return on_embeddings(DCL, 64, temperature=temperature, sigma=sigma)(z1, z2)["loss"]
+
+
+def vicreg(name):
+    return lambda z1, z2: on_embeddings(VICReg, 32)(z1, z2)[name]
+
+
+GOLDEN_LOSSES = [                   # file, function, what it takes, its value and gradients, its options
+    ("nt_xent", nt_xent, "z1 z2", "loss grad_z1 grad_z2", "temperatures"),
+    ("dcl", decoupled_loss, "z1 z2", "dcl_12 dcl_12_grad_z1 dcl_12_grad_z2", "temperatures"),
+    ("dcl", decoupled_loss, "z1 z2", "dclw_12 dclw_12_grad_z1 dclw_12_grad_z2", "temperatures sigma"),
+    ("dcl", decoupled_loss, "z2 z1", "dcl_21", "temperatures"),
+    ("dcl", decoupled_loss, "z2 z1", "dclw_21", "temperatures sigma"),
+    ("dcl", dcl, "z1 z2", "dcl_symmetric", "temperatures"),
+    ("dcl", dcl, "z1 z2", "dclw_symmetric", "temperatures sigma"),
+    ("byol", cosine_distance, "p1 z2", "loss_12", ""),
+    ("byol", both(cosine_distance), "p1 p2 z1 z2", "loss grad_p1 grad_p2", ""),
+    ("simsiam", negative_cosine, "p1 z2", "negative_cosine_12", ""),
+    ("simsiam", both(lambda p, z: negative_cosine(p, z) / 2), "p1 p2 z1 z2", "loss grad_p1 grad_p2", ""),
+    *[("vicreg", vicreg(name), "z1 z2", f"{name} {name}_grad_z1 {name}_grad_z2", "")
+      for name in ("invariance", "variance", "covariance", "loss")],
+]
 
 
 @both_types
-@pytest.mark.parametrize("which", (0, 1))
-@pytest.mark.parametrize("name", ("dcl", "dclw"))
-def test_dcl_golden(dtype, which, name):
-    g, z = golden("dcl", dtype, "z1", "z2")
-    temperature, sigma = g["temperatures"][which].item(), g["sigma"].item() if name == "dclw" else None
-    loss = decoupled_loss(*z, temperature, sigma)
-    same(loss, g[f"{name}_12"][which])
-    same(decoupled_loss(*z[::-1], temperature, sigma), g[f"{name}_21"][which])
-    same(on_embeddings(DCL, 64, temperature=temperature, sigma=sigma)(*z)["loss"], g[f"{name}_symmetric"][which])
-    for key, grad in zip(("grad_z1", "grad_z2"), torch.autograd.grad(loss, z)):
-        same(grad, g[f"{name}_12_{key}"][which], worst=10)
+@pytest.mark.parametrize("case", GOLDEN_LOSSES, ids=[f"{case[0]}-{case[3].split()[0]}" for case in GOLDEN_LOSSES])
+def test_losses_golden(dtype, case):
+    file, function, inputs, (value, *gradients), options = *case[:3], case[3].split(), case[4].split()
+    g, x = golden(file, dtype, *inputs.split())
+    for place in (0, 1) if "temperatures" in options else (...,):           # of each temperature
+        loss = function(*x, *(g[key].view(-1)[place if g[key].ndim else 0].item() for key in options))
+        same(loss, g[value][place])
+        if gradients:
+            for key, gradient in zip(gradients, torch.autograd.grad(loss, x[:2]), strict=True):
+                same(gradient, g[key][place], worst=10)
 
 
-@both_types
-def test_byol_golden(dtype):
-    g, (p1, p2) = golden("byol", dtype, "p1", "p2")
-    z1, z2 = g["z1"].to(dtype), g["z2"].to(dtype)
-    same(cosine_distance(p1, z2), g["loss_12"])
-    loss = cosine_distance(p1, z2) + cosine_distance(p2, z1)
-    same(loss, g["loss"])
-    for key, grad in zip(("grad_p1", "grad_p2"), torch.autograd.grad(loss, (p1, p2))):
-        same(grad, g[key])
-
-
-@both_types
-def test_simsiam_golden(dtype):
-    g, (p1, p2) = golden("simsiam", dtype, "p1", "p2")
-    z1, z2 = g["z1"].to(dtype), g["z2"].to(dtype)
-    same(negative_cosine(p1, z2), g["negative_cosine_12"])
-    loss = (negative_cosine(p1, z2) + negative_cosine(p2, z1)) / 2
-    same(loss, g["loss"])
-    for key, grad in zip(("grad_p1", "grad_p2"), torch.autograd.grad(loss, (p1, p2))):
-        same(grad, g[key])
-
-
-@both_types
-def test_vicreg_golden(dtype):
-    g, z = golden("vicreg", dtype, "z1", "z2")
-    outs = on_embeddings(VICReg, 32)(*z)
-    terms = dict(zip(("invariance", "variance", "covariance"), vicreg_terms(*z)), loss=outs["loss"])
-    for name, term in terms.items():
-        same(term, g[name])
-        same(outs[name], g[name])
-        for view, grad in zip(z, torch.autograd.grad(term, z, retain_graph=True)):
-            same(grad, g[f"{name}_grad_{'z1' if view is z[0] else 'z2'}"])
+def test_simclr_chance_golden():
+    g, z = golden("nt_xent", torch.float32, "z1", "z2")
+    assert on_embeddings(SimCLR, 64)(*z)["chance"] == pytest.approx(g["chance"].item())
 
 
 @both_types
@@ -144,7 +131,7 @@ def test_byol_momentum_golden():
     g, _ = golden("schedule", torch.float64)
     found = [momentum_at(g["base_momentum"].item(), step / 50) for step in range(51)]
     same(torch.tensor(found, dtype=torch.float64), g["byol_momentum"])
-    assert found[0] == 0.99 and found[-1] == 1
+    assert found[0] == pytest.approx(0.99) and found[-1] == 1               # exactly: the target stands still
     assert momentum_at(0.9, 0.5, end=0.96) == pytest.approx(0.93) and momentum_at(0.9, 1, end=0.96) == 0.96
 
 
@@ -302,7 +289,7 @@ def test_lejepa_draws_crops_and_directions_in_views():
     *crops, directions = method.views(batch(6))
     assert [crop.shape[2] for crop in crops] == [64, 64, 32, 32, 32]
     torch.testing.assert_close(directions.norm(dim=0), torch.ones(10))
-    assert not torch.equal(directions, method.views(batch(6))[-1])          # anew at every step
+    assert (directions - method.views(batch(6))[-1]).abs().max() > 0.1      # anew at every step
     outs = method(*crops, directions)
     assert outs["embedding"].shape == (6, 4)
     assert abs(outs["sigreg"] - method(*crops, directions.roll(1, 0))["sigreg"]) > 1e-4
@@ -343,8 +330,7 @@ def test_byol_target_follows_by_eq_3():
         method.after_step([], progress)
         for old, (slow, fast) in zip(before, pairs):
             torch.testing.assert_close(slow, m * old + (1 - m) * fast)
-            assert progress == 1 or not torch.equal(slow, old)
-            assert progress < 1 or torch.equal(slow, old)                   # at the end the target stands still
+            assert ((slow - old).abs().max() > 1e-3) == (progress < 1)      # at the end the target stands still
 
 
 def test_byol_momentum_can_be_held():
@@ -366,7 +352,7 @@ def test_byol_target_keeps_its_own_statistics_and_gets_no_gradient():
     outs["loss"].backward()
     assert all(p.grad is None and not p.requires_grad for p in method.target_encoder.parameters())
     before = method.target_encoder.bn1.running_mean.clone()
-    assert before.abs().sum() > 0 and not torch.equal(before, method.encoder.bn1.running_mean)
+    assert (before - method.encoder.bn1.running_mean).abs().max() > 1e-3 < before.abs().max()
     method.after_step([outs], 0.5)
     assert torch.equal(before, method.target_encoder.bn1.running_mean)
 

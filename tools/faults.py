@@ -305,7 +305,9 @@ FAULTS = {                                                                  # fi
          "return rotate(flip(images, code), -code[:, 2:].argmax(1))", "restoring -k undone"),
     ],
     "medssl/together.py": [
-        ("the weights not heeded", 'sum(self.weights[name] * out["loss"]', 'sum(out["loss"]', "pretext -k together"),
+        ("the weights not heeded", 'sum(weight * outs[name]["loss"]', 'sum(outs[name]["loss"]', "pretext -k together"),
+        ("a part on another encoder", "        if strangers:", "        if False:", "pretext -k together"),
+        ("chance not weighed", 'sum(weight * outs[name]["chance"]', 'sum(outs[name]["chance"]', "pretext -k together"),
         ("everyone sees the first part's views", "for (name, part), view in zip(self.parts.items(), views)",
          "for (name, part), view in zip(self.parts.items(), views[:1] * 9)", "pretext -k parts or together"),
         ("only the first part's after_step", "for name, part in self.parts.items():\n            own",
