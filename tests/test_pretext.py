@@ -122,7 +122,7 @@ def test_there_are_no_more_permutations_than_the_factorial():
     assert len(orders) == len(orders.unique(dim=0)) == 24
     jigsaw = Jigsaw(tiny_encoder(), plain, grid=2, width=8, hidden=8)
     out = jigsaw(*jigsaw.views(batch(4)))
-    assert jigsaw.head[-1].out_features == 24 and out["chance"] == math.log(24)
+    assert jigsaw.head[-1].out_features == 24 and out["chance"] == pytest.approx(math.log(24))
 
 
 def test_greedy_choice_equals_a_naive_one():
@@ -223,13 +223,11 @@ def test_the_loss_looks_at_every_tile(method):
     torch.manual_seed(0)
     model = method(tiny_encoder(), plain, width=8, hidden=32).eval()
     views = model.views(batch(4))
-    before = model(*views)["loss"]
-    pictures = torch.stack(views[:2], 1) if method is Relative else views[0]                           # (B, T, C, h, w)
-    for place in range(pictures.shape[1]):
-        other = pictures.clone()
-        other[:, place] = 0.5
-        other = other.unbind(1) if method is Relative else (other,)
-        assert not torch.equal(model(*other, *views[len(other):])["loss"], before)
+    pictures = [view.requires_grad_() for view in (views[:2] if method is Relative else views[:1])]
+    model(*views)["loss"].backward()
+    slopes = torch.stack([p.grad for p in pictures], 1) if method is Relative else pictures[0].grad   # (B, T, C, h, w)
+    slopes = slopes.flatten(2).norm(dim=2)                                  # (B, T)
+    assert slopes.min() > 0.01 * slopes.max() > 0                           # .03 to .5 of it, from seed to seed
 
 
 class OfOneSize(torch.nn.Module):
@@ -278,10 +276,11 @@ def test_together_is_the_sum_of_its_parts():
     out = both(*views)
     torch.manual_seed(1)
     rotation, simclr = (part(*part.views(images)) for part in both.parts.values())
-    assert torch.equal(out["loss"], rotation["loss"] + 0.25 * simclr["loss"])
-    assert out["chance"] == math.log(4) + 0.25 * math.log(11)
-    assert torch.equal(out["rotation.accuracy"], rotation["accuracy"])
-    assert torch.equal(out["embedding"], simclr["embedding"]) and "restored" not in out
+    torch.testing.assert_close(out["loss"], rotation["loss"] + 0.25 * simclr["loss"])
+    assert out["chance"] == pytest.approx(math.log(4) + 0.25 * math.log(11))
+    torch.testing.assert_close(out["rotation.accuracy"], rotation["accuracy"])
+    torch.testing.assert_close(out["embedding"], simclr["embedding"])
+    assert "restored" not in out
 
     out["loss"].backward()
     gradient = both.encoder.conv1.weight.grad.clone()
@@ -334,8 +333,10 @@ def test_a_queue_and_an_average_move_as_they_do_alone():
     both.after_step([both(*views)], 0.5)
     alone.after_step([alone(*views[0])], 0.5)
     state = {name: value for name, value in part.state_dict().items() if not name.startswith("encoder.")}
-    assert all(torch.equal(value, alone.state_dict()[name]) for name, value in state.items())
-    assert sum(not torch.equal(value, start[name]) for name, value in state.items()) > 10
+    for name, value in state.items():
+        torch.testing.assert_close(value, alone.state_dict()[name])
+    # the average moves by a thousandth of .01, the queue's new rows and the statistics by more
+    assert sum(bool((value - start[name]).abs().max() > 5e-6) for name, value in state.items()) > 10
 
 
 @pytest.mark.parametrize("names", [("rotation", "spark"), ("spark", "rotation")])
@@ -349,7 +350,7 @@ def test_spark_leaves_the_other_parts_alone(names):
     both = Together(encoder, plain, {name: parts[name] for name in names})
     other = both.parts["spark"].views(batch(6))
     out = both(*[views if name == "rotation" else other for name in names])
-    assert torch.equal(out["rotation.loss"], alone)                         # nothing is hidden from rotation
+    torch.testing.assert_close(out["rotation.loss"], alone)                 # nothing is hidden from rotation
     assert torch.equal(out["restored"], out["spark.restored"])
     out["loss"].backward()                                                 # both went through the same BatchNorm layers
 
@@ -385,7 +386,7 @@ def test_together_refuses_what_does_not_add_up():
 @pytest.mark.parametrize("method", [Relative, Jigsaw, Rubik])
 def test_each_image_is_judged_by_its_own_tiles(method):
     torch.manual_seed(0)
-    model = method(tiny_encoder(), plain, width=8, hidden=32).eval()
-    views = model.views(batch(4) * torch.linspace(0.1, 8, 4).view(-1, 1, 1, 1))         # unlike each other
+    model = method(tiny_encoder(), plain, width=8, hidden=32).eval().double()
+    views = model.views(batch(4).double() * torch.linspace(0.1, 8, 4).view(-1, 1, 1, 1))        # unlike each other
     alone = [model(*(view[i:i + 1] for view in views))["loss"] for i in range(4)]
     torch.testing.assert_close(model(*views)["loss"], sum(alone) / 4)

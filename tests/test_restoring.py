@@ -124,8 +124,8 @@ def test_half_of_the_curves_fall_and_each_image_has_its_own():
     flat = y[:, 0].flatten(1)                                               # (600, 64)
     falls = flat[:, 0] > flat[:, -1]
     assert_share(falls, 0.5)
-    assert flat[:, [0, -1]].sort(1).values.equal(torch.tensor([0.0, 1.0]).repeat(600, 1))
-    assert (flat[~falls].diff(dim=1) >= 0).all()
+    assert torch.allclose(flat[:, [0, -1]].sort(1).values, torch.tensor([0.0, 1.0]), atol=1e-5)
+    assert (flat[~falls].diff(dim=1) >= -1e-5).all()
     assert torch.equal(y[:, 0], y[:, 1]) and len(flat.unique(dim=0)) == 600
 
 
@@ -239,7 +239,7 @@ def test_skip_connections_carry_the_fine_maps_and_can_be_left_out():
         used = [g is not None and bool(g.abs().max() > 0) for g in grads]
         assert used == [skips, skips, skips, True]
         other = decoder([torch.randn_like(m) for m in maps[:-1]] + [maps[-1]])
-        assert torch.equal(out, other) != skips
+        assert ((out - other).abs().max() > 1e-3) == skips
 
 
 def test_autoencoder_restores_its_own_input():
@@ -381,13 +381,13 @@ def test_where_the_gradients_of_the_terms_go():
         method.zero_grad()
         method(*views)[term].backward()
         grads = {name: p.grad for name, p in method.named_parameters() if p.grad is not None}
-        parts = {name.split(".")[0] for name, grad in grads.items() if grad.abs().max() > 0}
+        parts = {name.split(".")[0] for name, grad in grads.items() if grad.abs().max() > 1e-5}
         assert parts == expected, term
 
 
 def test_every_bit_of_a_control_vector_has_an_effect_on_its_own_picture():
-    method = pcrl_method()
-    *views, codes, alpha, order = method.views(batch(3, size=32))
+    method = pcrl_method().double()
+    *views, codes, alpha, order = method.views(batch(3, size=32).double())
     one = method(*views, codes, alpha, order)
     terms = ("restoration", "restoration_key", "restoration_mix")
     for bit in range(6):
@@ -395,8 +395,8 @@ def test_every_bit_of_a_control_vector_has_an_effect_on_its_own_picture():
             turned = codes.clone()
             turned[::2, which, bit] = 1 - codes[::2, which, bit]
             other = method(*views, turned, alpha, order)
-            assert one[term] != other[term], (bit, term)
-            assert all(torch.equal(one[t], other[t]) for t in (*terms, "contrast", "contrast_mix") if t != term)
+            moved = {t: abs(one[t] - other[t]).item() for t in (*terms, "contrast", "contrast_mix")}
+            assert moved.pop(term) > 1e-5 and max(moved.values()) < 1e-9, (bit, term)
 
 
 def test_pcrl_queue_and_slow_copy():
@@ -432,7 +432,7 @@ def test_pcrl_restores_each_view_as_it_was_before_painting():
 
 
 def test_pcrl_key_chunks_have_their_own_statistics():
-    method, x, order = pcrl_method(bn_chunks=2).train(), batch(17), torch.randperm(17)
+    method, x, order = pcrl_method(bn_chunks=2).train().double(), batch(17).double(), torch.randperm(17)
     chunk = order.tensor_split(2)[0]
     disturbed = x.clone()
     disturbed[chunk[:1]] = x[chunk[:1]].flip(3)
@@ -446,4 +446,4 @@ def test_genesis_distortions_follow_each_other(monkeypatch):
     for name in ("in_paint", "out_paint"):
         monkeypatch.setattr(genesis, name, lambda x: x / 2)
     distorted, target = Genesis(tiny_encoder(), plain, None, 0.5, shuffle=1, intensity=1, paint=1).views(batch(4))
-    assert torch.equal(distorted, (1 - target.flip(3)) / 2) and torch.equal(target, batch(4))
+    assert torch.allclose(distorted, (1 - target.flip(3)) / 2) and torch.equal(target, batch(4))

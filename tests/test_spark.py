@@ -137,7 +137,7 @@ def test_hidden_pixels_are_without_influence_and_the_mask_keeps_its_shape(kind, 
     method.load_state_dict(before)                                          # the buffers have moved
     method(y, active)
     for a, b in zip(*seen):
-        assert torch.equal(a, b)
+        close(a, b, 1e-6)
         # BatchNorm's outputs may be negative, and ReLU's zero: a visible site is one where any channel is not zero
         empty = (a == 0).all(1, keepdim=True)
         assert empty[~pixels(active, a)].all()
@@ -220,10 +220,12 @@ def test_outside_of_its_own_forward_the_encoder_is_what_it_was():
         network.train()
         mine = [network(x), *network.buffers()]
         other = copy.deepcopy(plain)
-        assert all(torch.equal(a, b) for a, b in zip(mine, [other(x), *other.buffers()]))
-        assert torch.equal(network.eval()(x), other.eval()(x))
+        for a, b in zip(mine, [other(x), *other.buffers()]):
+            close(a, b, 1e-6)
+        close(network.eval()(x), other.eval()(x), 1e-6)
     twin.mask.active = active                                               # a copy has a mask of its own
-    assert not torch.equal(twin.encoder(x), encoder(x)) and torch.equal(encoder(x), other(x))
+    close(encoder(x), other(x), 1e-6)
+    assert (twin.encoder(x) - encoder(x)).abs().max() > 0.01 * encoder(x).abs().max()
 
 
 def test_another_method_may_use_the_encoder_in_the_same_step():
@@ -273,8 +275,8 @@ def test_loss_equals_a_loop_and_ignores_visible_cells(channels, normalise_predic
                    normalise_prediction=normalise_prediction)
     assert len(total) > 3 and abs(loss(prediction) - sum(total) / len(total)) < 1e-12
     shown = pixels(active, image)
-    assert loss(prediction + 7 * torch.rand_like(prediction) * shown) == loss(prediction)
-    assert loss(prediction + 0.1 * torch.rand_like(prediction) * ~shown) != loss(prediction)
+    close(loss(prediction + 7 * torch.rand_like(prediction) * shown), loss(prediction))
+    assert loss(prediction) - loss(prediction * shown) > 0.3                # about 2, and 1 for zeros
 
 
 def test_loss_of_flat_and_of_textured_cells():
@@ -301,7 +303,7 @@ def test_terms_and_picture():
     prediction = torch.zeros_like(x)
     close(outs["chance"], masked_patch_loss(prediction, x, active, 8, 1e-3))
     method.head.register_forward_hook(lambda *_: prediction)
-    assert method(x, active)["loss"] == outs["chance"]
+    close(method(x, active)["loss"], outs["chance"], 1e-6)
     close(method(x, active)["textured"], masked_patch_loss(prediction, x, lower, 8, 1e-3))
     shown, restored = pixels(active, x), method(x, active)["restored"]
     assert torch.equal(restored[shown], x[shown])                           # hidden ones: zero is the mean of the cell
