@@ -1,9 +1,8 @@
-"""Opening and preparing sets of images: what is found and refused, what the cache does, how volumes become slices."""
+"""Opening sets of images and writing them: layouts, what is refused, the cache, splits, volumes."""
+
+import csv
 import os
-import shutil
-import threading
-import time
-import tracemalloc
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +10,8 @@ import pytest
 from PIL import Image
 
 from medssl.common import data
-from medssl.common.data import cache, copies, decode, prepare, readers
-from medssl.common.data import dataset as sets
-from medssl.common.data.layouts import find
-
-SHARED = Path(__file__).parents[2] / "shared/data"
+from medssl.common.data import decode, look, volumes
+from medssl.common.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -40,55 +36,63 @@ def table(folder, text):
 
 def refused(words, path, **options):
     """The error line of load, which must hold all these words."""
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         data.load(path, **options)
     line = str(error.value)
     assert "\n" not in line and all(word in line for word in words), line
     return line
 
 
-# ---- what is found
+# ---- layouts
 
-def test_class_folders_and_pixels(tmp_path):
-    names = ["b/0", "b/1", "b/2", "a/0", "a/1", "a/2"]
-    kept = {name: save(tmp_path / f"set/{name}.png", pixels(n)) for n, name in enumerate(names)}
+LAYOUTS = {     # name: (files, labels, groups, splits, masks); a file in masks/ holds 0 and 1
+    "flat": (["1", ".hidden", "2"], None, None, None, False),
+    "classes": (["b/1", "a/1", "b/2"], ["a", "b", "b"], None, None, False),
+    "one folder": (["a/1", "a/2"], None, None, None, False),
+    "deep": (["p1/s1/1", "p2/s1/1", "p2/s1/2"], None, [0, 1, 1], None, False),
+    "split folders": (["train/x/1", "test/y/2", "unlabelled/x/3"], ["y", "x", "x"], None,
+                      ["test", "train", "unlabeled"], False),
+    "masks": (["images/1", "images/2", "masks/1"], None, None, None, True),
+    "masks of patients": (["images/P1/1", "images/P1/2", "images/P2/1", "masks/P1/1", "masks/P1/2", "masks/P2/1"],
+                          None, [0, 0, 1], None, True),
+    "labels of patients": (["images/a/1", "images/b/1", "labels/a/1", "labels/b/1"], None, [0, 1], None, True),
+    "images alone": (["images/a/1", "images/b/1"], ["a", "b"], None, None, False),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts(name, tmp_path):
+    files, labels, groups, splits, masks = LAYOUTS[name]
+    for n, file in enumerate(files):
+        mask = file.startswith(("masks", "labels"))
+        save(tmp_path / f"set/{file}.png", pixels(n) // (128 if mask else 1))
     dataset = data.load(tmp_path / "set")
-    assert dataset.classes == ("a", "b") and dataset.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert dataset.groups is dataset.splits is dataset.masks is None
-    expected = np.stack([kept[name] for name in sorted(kept)])[:, None]
-    assert isinstance(dataset.images, np.memmap) and dataset.images.dtype == np.uint8
-    np.testing.assert_array_equal(dataset.images, expected)
-    wanted = [(expected / 255).mean(), (expected / 255).std()]
-    np.testing.assert_allclose([*dataset.mean, *dataset.std], wanted, rtol=1e-5)
+    assert (dataset.labels is None) == (labels is None) and (dataset.groups is None) == (groups is None)
+    if labels:
+        assert [dataset.classes[label] for label in dataset.labels] == labels
+    assert groups is None or dataset.groups.tolist() == groups
+    assert (None if dataset.splits is None else dataset.splits.tolist()) == splits
+    assert (dataset.masks is not None) == masks and (not masks or dataset.classes == ("0", "1"))
+    shown = sorted(file for file in files if not file.startswith((".", "masks", "labels")))
+    expected = [np.asarray(Image.open(tmp_path / f"set/{file}.png")) for file in shown]
+    np.testing.assert_array_equal(dataset.images[:, 0], expected)
+    wanted = np.stack(expected)[[split != "test" for split in splits]] if splits else np.stack(expected)
+    np.testing.assert_allclose([*dataset.mean, *dataset.std], [(wanted / 255).mean(), (wanted / 255).std()], rtol=1e-5)
+
+
+def test_groups_from_names(tmp_path):
+    for n in range(12):
+        save(tmp_path / f"set/{'ab'[n % 2]}/P{n // 3:03}_{n:02}.png", pixels(n))
+    assert data.load(tmp_path / "set", group_by=r"P\d+").groups.tolist() == sorted([0, 1, 2, 3] * 3)[::2] + sorted(
+        [0, 1, 2, 3] * 3)[1::2]
     by_folder = data.load(tmp_path / "set", group_by="parent")              # the folders are patients, not classes
-    assert by_folder.labels is None and by_folder.groups.tolist() == [0, 0, 0, 1, 1, 1]
-    assert data.load(tmp_path / "set", group_by=r"[ab]/(\d)").groups.tolist() == [0, 1, 2, 0, 1, 2]
-    refused(["6 of 6", "a/0.png"], tmp_path / "set", group_by="patient")
-
-
-def test_other_folders(tmp_path):
-    names = "flat/1", "flat/.hidden", "deep/p1/s1/1", "deep/p2/s1/1", "parts/train/x/1", "parts/test/y/2"
-    for n, name in enumerate(names):
-        save(tmp_path / f"{name}.png", pixels(n))
-    flat, deep, parts = (data.load(tmp_path / name) for name in ("flat", "deep", "parts"))
-    assert len(flat) == 1 and flat.labels is flat.groups is None and flat.rows("train").tolist() == [0]
-    assert deep.labels is None and deep.groups.tolist() == [0, 1]
-    assert parts.splits.tolist() == ["test", "train"] and parts.labels.tolist() == [1, 0]
-    assert parts.rows("train").tolist() == [1] and parts.rows("train", "test").tolist() == [0, 1]
-
-
-@pytest.mark.parametrize("channels, dtype", [(1, np.uint8), (3, np.uint8), (1, np.uint16)])
-def test_channels_and_bits_stay(tmp_path, channels, dtype):
-    image = save(tmp_path / "set/1.png", pixels(0, channels=channels, dtype=dtype))
-    dataset = data.load(tmp_path / "set")
-    assert dataset.images.dtype == dtype and dataset.images.shape == (1, channels, 32, 32)
-    np.testing.assert_array_equal(dataset.images[0], image[None] if channels == 1 else image.transpose(2, 0, 1))
-    smaller = data.load(tmp_path / "set", size=16)
-    assert smaller.images.dtype == dtype and abs(smaller.images.mean() / image.mean() - 1) < 0.05
-    other = data.load(tmp_path / "set", channels=4 - channels)
-    assert other.images.shape[1] == 4 - channels and other.images.dtype == dtype
-    luminance = image if channels == 1 else np.rint(image @ np.array([0.299, 0.587, 0.114]))
-    np.testing.assert_allclose(other.images[0], np.broadcast_to(luminance, other.images[0].shape), atol=1)
+    assert by_folder.labels is None and by_folder.groups.tolist() == [0] * 6 + [1] * 6
+    assert data.load(tmp_path / "set", group_by=r"_\d(\d)").groups.max() == 9
+    refused(["12 of 12", "a/P000_00.png"], tmp_path / "set", group_by="patient")
+    refused(["not a regular expression"], tmp_path / "set", group_by="(")
+    names = [f"P{n // 3:03}_{n:02}.png" for n in range(12)]
+    assert r"`--group-by 'P\d+'` makes 4 groups" in look.patient_hint(names)
+    assert look.patient_hint(["a/1.png", "b/2.png"]) == look.patient_hint(["P1_1.png", "P2_1.png"]) == ""
 
 
 def test_split_csv(tmp_path):
@@ -114,24 +118,50 @@ def test_arrays(tmp_path):
     dataset = data.load(tmp_path / "stack.npy")
     assert dataset.images.dtype == np.uint16
     np.testing.assert_array_equal(dataset.images[:, 0], stack.astype(np.uint16) * 7)
-    np.savez(tmp_path / "set.npz", train_images=stack[:3], train_labels=np.array([[1], [0], [1]]),
-             test_images=stack[3:], test_labels=np.array([[0], [0]]))
-    dataset = data.load(tmp_path / "set.npz")
-    np.testing.assert_array_equal(dataset.images[:, 0], stack)
-    assert dataset.labels.tolist() == [1, 0, 1, 0, 0] and dataset.splits.tolist() == ["train"] * 3 + ["test"] * 2
-    stored = next((tmp_path / "cache").glob("set-*"))
-    assert sorted(file.name for file in stored.iterdir()) == ["images.npy", "info.json", "rows.npz"]
+    for saved in (np.savez, np.savez_compressed):
+        saved(tmp_path / "set.npz", train_images=stack[:3], train_labels=np.array([[1], [0], [1]]),
+              test_images=stack[3:], test_labels=np.array([[0], [0]]))
+        dataset = data.load(tmp_path / "set.npz")
+        np.testing.assert_array_equal(dataset.images[:, 0], stack)
+        assert dataset.labels.tolist() == [1, 0, 1, 0, 0] and dataset.splits.tolist() == ["train"] * 3 + ["test"] * 2
+    colour = pixels(0, 40, 20, 3).reshape(2, 20, 20, 3)
+    for name, array in (("last", colour), ("first", np.moveaxis(colour, 3, 1))):
+        np.save(tmp_path / f"{name}.npy", array)
+        np.testing.assert_array_equal(data.load(tmp_path / f"{name}.npy").images, np.moveaxis(colour, 3, 1))
 
 
-def test_phantoms(monkeypatch):
-    phantoms = pytest.importorskip("medssl.common.data.phantoms")
-    made = []
-
-    def make(size, seed):
-        made.append((size, seed))
-        return data.Dataset("phantoms", np.zeros((2, 1, size, size), np.uint8))
-    monkeypatch.setattr(phantoms, "make", make)
-    assert data.load("phantoms", size=48, channels=3).images.shape == (2, 3, 48, 48) and made == [(48, 0)]
+@pytest.mark.parametrize(("mode", "made"), [
+    ("L", lambda x: x), ("I;16", lambda x: x.astype(np.uint16) * 7), ("RGB", lambda x: np.stack([x, 255 - x, x], 2)),
+    ("LA", lambda x: x), ("RGBA", lambda x: np.stack([x, 255 - x, x], 2)), ("1", lambda x: (x > 127) * np.uint8(255)),
+    ("P", lambda x: np.stack([255 - x] * 3, 2)), ("turned", lambda x: np.rot90(x))])
+def test_modes_of_pictures(mode, made, tmp_path):
+    x, path = pixels(3, 32, 32), tmp_path / "set/1.png"
+    right, path2 = made(x), path
+    path.parent.mkdir()
+    if mode == "LA":
+        Image.merge("LA", [Image.fromarray(x), Image.new("L", (32, 32), 99)]).save(path)
+    elif mode == "RGBA":
+        Image.fromarray(np.dstack([right, x])).save(path)
+    elif mode == "1":
+        Image.fromarray(x > 127).save(path)
+    elif mode == "P":
+        palette = Image.fromarray(x)
+        palette.putpalette([255 - i for i in range(256) for _ in range(3)])
+        palette.save(path)
+    elif mode == "turned":
+        exif = Image.Exif()
+        exif[274] = 8                                                       # turn it left when it is shown
+        path2 = path.with_suffix(".png")
+        Image.fromarray(x).save(path2, exif=exif)
+    else:
+        Image.fromarray(right).save(path)
+    dataset = data.load(tmp_path / "set")
+    assert dataset.images.dtype == right.dtype
+    np.testing.assert_array_equal(dataset.images[0], right[None] if right.ndim == 2 else np.moveaxis(right, 2, 0))
+    gray = data.load(tmp_path / "set", channels=1).images
+    assert gray.shape == (1, 1, 32, 32) and data.load(tmp_path / "set", channels=3).images.shape == (1, 3, 32, 32)
+    if right.ndim == 3:
+        np.testing.assert_allclose(gray[0, 0], right @ [0.299, 0.587, 0.114], atol=0.51)
 
 
 # ---- becoming square
@@ -142,16 +172,19 @@ def test_masks_take_the_images_way(tmp_path):
     save(tmp_path / "images/1.png", mask * 100)
     mask[34:38, 52:56] = 1
     save(tmp_path / "masks/1.png", mask)
-    for fit in ("pad", "crop", "squash"):
-        dataset = data.load(tmp_path, size=32, fit=fit)
-        disagree = (dataset.images[0, 0] > 100) != (dataset.masks[0] == 2)
-        assert disagree.mean() < 0.04 and (dataset.masks == 1).any(), fit
-        assert not (dataset.masks[0, :21] == 1).any(), fit                  # no class 1 between 0 and 2
-        assert dataset.images[0, 0, :8].max() < 100 and dataset.images[0, 0, 16].max() > 190, fit
+    dataset = data.load(tmp_path, size=32)
+    disagree = (dataset.images[0, 0] > 100) != (dataset.masks[0] == 2)
+    assert disagree.mean() < 0.04 and (dataset.masks == 1).any()
+    assert not (dataset.masks[0, :21] == 1).any()                           # no class 1 between 0 and 2
     assert data.load(tmp_path).images.shape[2:] == (64, 64)                 # 80 is 2.5 times 32, which rounds to even
     padded = data.load(tmp_path, size=80).images[0, 0]
     np.testing.assert_array_equal(padded[20:60], mask // 2 * 200)
     assert padded[:20].max() == padded[60:].max() == 0
+    deep = pixels(5, 32, 32, dtype=np.uint16)
+    save(tmp_path / "deep/1.png", deep)
+    halved = data.load(tmp_path / "deep", size=16).images
+    assert halved.dtype == np.uint16 and halved.max() > 40_000              # not clipped to 8 bits
+    assert abs(halved.mean() - deep.mean()) < 1500
 
 
 def test_what_became_of_other_sizes_is_told(tmp_path, capsys):
@@ -172,9 +205,6 @@ def test_masks_of_0_and_255(tmp_path, capsys):
     dataset = data.load(tmp_path)
     np.testing.assert_array_equal(dataset.masks[0], mask)
     assert (dataset.masks[1] == 255).all() and "0 and 255" in capsys.readouterr().out
-    prepare.main([str(tmp_path), "--to", str(tmp_path / "ready")])
-    np.testing.assert_array_equal(data.load(tmp_path / "ready").masks, dataset.masks)
-    shutil.rmtree(tmp_path / "ready")
     palette = Image.fromarray(mask)
     palette.putpalette([9, 9, 9, 200, 0, 0])
     palette.save(tmp_path / "masks/1.png")                                  # indices, not colours
@@ -228,57 +258,82 @@ def test_refused_images(tmp_path):
     (tmp_path / "scans/1.nii.gz").touch()
     refused(["1.nii.gz", "--to"], tmp_path / "scans")
     refused(["no images"], tmp_path / "cache")
-    np.savez(tmp_path / "evil.npz", train_images=np.array([os.system], object), train_labels=np.zeros(1))
-    refused(["evil.npz", "train_images", "object"], tmp_path / "evil.npz")
-    assert not list((tmp_path / "cache").glob("*.part")) and not list((tmp_path / "cache").glob("*.lock"))
+    assert not list((tmp_path / "cache").glob("*.part"))
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+BAD = {     # name: how it is made, words
+    "cut.png": (lambda p: [save(p, pixels(0)), cut_short(p)], "cut.png"),
+    "cut.jpg": (lambda p: [save(p, pixels(0)), cut_short(p)], "truncated"),
+    "empty.png": (lambda p: p.touch(), "empty.png"),
+    "bomb.png": (lambda p: Image.new("1", (20_000, 20_000)).save(p), "bomb"),
+    "pages.tif": (lambda p: Image.fromarray(pixels(0)).save(p, save_all=True, append_images=[Image.new("L", (9, 9))]),
+                  "several pages"),
+    "evil.npy": (lambda p: np.save(p, np.array([os.system], object)), "objects"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_pictures_are_a_line_with_their_path(name, tmp_path):
+    save(tmp_path / "set/0.png", pixels(0))
+    make, words = BAD[name]
+    make(tmp_path / "set" / name)
+    refused([name, words], tmp_path / "set")
+
+
+def test_bad_archives(tmp_path):
+    images, labels = np.stack([pixels(n) for n in range(4)]), np.arange(4)[:, None]
+    whole = {"train_images": images, "train_labels": labels, "test_images": images, "test_labels": labels}
+    for name, changes, words in (("no images", {"test_images": None}, "test_images"), ("wrong count", {
+            "test_labels": labels[:3]}, "holds 4 images"), ("no labels", {"train_labels": None}, "train_labels"),
+            ("evil", {"train_images": np.array([os.system] * 4, object)}, "object"),
+            ("evil labels", {"train_labels": np.array([os.system] * 4, object)}, "allow_pickle")):
+        arrays = {key: value for key, value in (whole | changes).items() if value is not None}
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+        refused([f"{name}.npz", words], tmp_path / f"{name}.npz")
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "wrong count.npz").read_bytes()[:500])
+    refused(["cut.npz"], tmp_path / "cut.npz")
+
+
+def test_what_is_no_path_is_refused_in_a_line(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "pipe")
+    for path, words in (("~nosuchuser/x", "home"), (tmp_path / "loop", "symbolic links"), (tmp_path / "pipe", "pipe"),
+                        (os.fsdecode(b"/tmp/\xff"), "no UTF-8"), (tmp_path / "nothing", "no such file")):
+        refused([words], path)
+    (tmp_path / "set/round").mkdir(parents=True)
+    (tmp_path / "set/round/again").symlink_to(tmp_path / "set")             # is visited once
+    save(tmp_path / "set/1.png", pixels(0))
+    assert len(data.load(tmp_path / "set")) == 1
+    os.mkfifo(tmp_path / "set/2.png")
+    refused(["2.png", "pipe"], tmp_path / "set")
 
 
 # ---- the cache
 
-def test_cache_follows_the_files(tmp_path, monkeypatch):
+def test_the_cache_follows_the_files(tmp_path):
     for n in range(3):
-        save(tmp_path / f"set/{n}.png", pixels(n))
-    builds, build = [], cache.build
-    monkeypatch.setattr(cache, "build", lambda *words: builds.append(1) or build(*words))
-    first = data.load(tmp_path / "set")
-    monkeypatch.chdir(tmp_path)
-    data.load("set", label="label")
-    assert len(builds) == 1
-    data.load("set", size=16)
-    assert len(builds) == 2
-    save(tmp_path / "set/1.png", pixels(7))
-    changed = data.load("set")
-    assert len(builds) == 3 and (changed.images[1] == pixels(7)).all() and (first.images[1] == pixels(1)).all()
-    os.utime(tmp_path / "set/2.png", (1, 1))
-    data.load("set")
-    (tmp_path / "set/2.png").unlink()
-    assert len(data.load("set")) == 2 and len(builds) == 5
-    data.load("set", cache=tmp_path / "elsewhere")
-    assert len(builds) == 6 and (tmp_path / "elsewhere").is_dir()
-    assert len(list((tmp_path / "cache").iterdir())) == 2             # sizes 32 and 16: what is out of date was removed
+        save(tmp_path / f"set/{n}.bmp", pixels(n))
+    first = data.load(tmp_path / "set", 16)
+    again = data.load(data.find(tmp_path / "set"), 16, 1)                   # gray asked for or not: decoded once
+    assert again.images.filename == first.images.filename and len(list((tmp_path / "cache").iterdir())) == 1
+    changed = save(tmp_path / "set/1.bmp", 255 - pixels(1))                  # as many bytes as before
+    os.utime(tmp_path / "set/1.bmp", (1, 1))
+    dataset = data.load(tmp_path / "set", 32)
+    np.testing.assert_array_equal(dataset.images[1, 0], changed)
+    data.load(tmp_path / "set", 16)
+    assert len(list((tmp_path / "cache").iterdir())) == 2                   # what was decoded before is gone
 
 
-def test_one_builds_the_others_wait(tmp_path, monkeypatch):
-    save(tmp_path / "set/1.png", pixels(0))
-    builds, build = [], cache.build
-    monkeypatch.setattr(cache, "build", lambda *words: (builds.append(1), time.sleep(0.3), build(*words)))
-    threads = [threading.Thread(target=data.load, args=(tmp_path / "set",)) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(builds) == 1
-
-
-def test_a_lock_left_behind_is_broken(tmp_path, monkeypatch):
-    save(tmp_path / "set/1.png", pixels(0))
-    data.load(tmp_path / "set")
-    stem = next((tmp_path / "cache").iterdir()).name.rsplit("-", 1)[0]
-    os.utime(tmp_path / "set/1.png", (1, 1))
-    (tmp_path / f"cache/{stem}.lock").touch()
-    (tmp_path / f"cache/{stem}-123.part").mkdir()
-    monkeypatch.setattr(cache, "STALE", 0.3)
-    assert len(data.load(tmp_path / "set")) == 1 and len(list((tmp_path / "cache").iterdir())) == 1
+def test_an_interrupted_decoder_leaves_nothing(tmp_path, monkeypatch):
+    save(tmp_path / "set/0.png", pixels(0))
+    monkeypatch.setattr(decode, "planes", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        data.load(tmp_path / "set")
+    assert not list((tmp_path / "cache").iterdir())
 
 
 # ---- splits
@@ -303,216 +358,189 @@ def test_split_keeps_groups_and_shares():
         data.split(few, (0.7, 0.2, 0.2))
 
 
-# ---- preparing
-
-def save_volume(path, array):
-    """MetaImage: a few lines of text, then the values."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kind = {"int16": "MET_SHORT", "uint8": "MET_UCHAR"}[array.dtype.name]
-    head = (f"ObjectType = Image\nNDims = 3\nDimSize = {' '.join(map(str, array.shape[::-1]))}\n"
-            f"ElementType = {kind}\nElementDataFile = LOCAL\n")
-    path.write_bytes(head.encode() + array.tobytes())
+def test_a_split_comes_near_the_shares_asked_for(capsys):
+    images = np.zeros((40, 1, 2, 2), np.uint8)
+    each = data.Dataset("set", images, labels=np.arange(40), groups=np.arange(40))      # every patient a class
+    counts = [len(data.split(each).rows(name)) for name in ("train", "val", "test")]
+    assert counts == [28, 4, 8] and not capsys.readouterr().out
+    few = data.split(data.Dataset("set", images, groups=np.arange(40) // 20))
+    assert "0.7 0.1 0.2 was asked for" in capsys.readouterr().out and len(few.rows("train")) == 20
 
 
-def scans(folder):
-    """Four scans of two patients: 12 slices of 32 x 40, the first three are air."""
-    made = {}
-    for n in range(4):
-        values = np.full((12, 32, 40), -1000, np.int16)
-        values[3:, 4:28, 5:35] = np.random.default_rng(n).integers(-100, 200, (9, 24, 30))
-        mask = np.zeros(values.shape, np.uint8)
-        mask[6, 10:20, 10:20] = 1
-        save_volume(folder / f"images/patient{n // 2}_scan{n}.mha", values)
-        save_volume(folder / f"masks/patient{n // 2}_scan{n}.mha", mask)
-        made[n] = values, mask
-    return made
+def test_dealing_anew_keeps_patients_whole_and_the_unlabeled_apart():
+    splits = np.array(["train", "val", "test", "unlabeled"]).repeat(10)
+    old = data.Dataset("set", np.zeros((40, 1, 2, 2), np.uint8), groups=np.arange(40) // 2, splits=splits)
+    first, second = data.deal(old, 0), data.deal(old, 1)
+    assert (first.splits[30:] == "unlabeled").all() and (first.splits[:30] != "unlabeled").all()
+    assert (first.splits[::2] == first.splits[1::2]).all() and (first.splits != second.splits).any()
+    assert set(first.splits[:30]) == {"train", "val", "test"}
 
 
-def test_volumes_become_slices(tmp_path, capsys):
-    made = scans(tmp_path / "scans")
-    prepare.main([str(tmp_path / "scans"), "--to", str(tmp_path / "ready"), "--window", "-160", "240", "--size", "40",
-                  "--group-by", "patient(.)", "--split", "0.5", "0", "0.5"])
-    said = capsys.readouterr().out
-    assert "12 slices without content dropped" in said and "36 images of 40 x 40" in said
-    dataset = data.load(tmp_path / "ready")
-    assert dataset.images.shape == (36, 1, 40, 40) and isinstance(dataset.images, np.memmap) and dataset.name == "ready"
-    assert dataset.groups.tolist() == [0] * 18 + [1] * 18 and set(dataset.splits[:18]) != set(dataset.splits[18:])
-    values, mask = made[0]
-    expected = np.rint((values[3].clip(-160, 240) + 160.0) * 255 / 400)
-    np.testing.assert_array_equal(dataset.images[0, 0, 4:36], expected)
-    assert dataset.images[0, 0, :4].max() == 0
-    np.testing.assert_array_equal(dataset.masks[3, 4:36], mask[6])
-    assert dataset.masks.sum() == 4 * mask.sum()
-    text = "".join((tmp_path / "ready" / name).read_text() for name in ("table.csv", "info.json"))
-    assert "patient" not in text and "scan" not in text and str(tmp_path) not in text
-    assert Image.open(tmp_path / "ready/contact_sheet.png").size[0] > 300
-    assert data.load(tmp_path / "ready", size=16, channels=3).images.shape == (36, 3, 16, 16)
-    sideways = [str(tmp_path / "scans"), "--to", str(tmp_path / "side"), "--axis", "2", "--window", "-160", "240"]
-    prepare.main(sideways)
-    assert data.load(tmp_path / "side").groups.max() == 3                   # without --group-by each volume is a group
-    assert np.load(tmp_path / "side/rows.npz")["shapes"][0].tolist() == [12, 32]
+def test_dealing_anew_tests_large_patients_too():
+    groups = np.repeat(np.arange(20), np.arange(20, 0, -1))
+    old = data.Dataset("set", np.zeros((len(groups), 1, 1, 1), np.uint8), groups=groups)
+    tested = np.mean([np.isin(np.arange(20), groups[data.deal(old, seed).splits == "test"]) for seed in range(100)], 0)
+    assert 0.02 < tested.min() and tested.max() < 0.7
 
 
-def test_dedupe(tmp_path):
-    for n in range(2):
-        values = np.random.default_rng(n).integers(-1000, 1000, (1, 32, 32)).repeat(4, 0).astype(np.int16)
-        values[2] += np.random.default_rng(9).integers(-9, 9, (32, 32)).astype(np.int16)            # nearly the same
-        values[3] = values[3, ::-1]                                         # another picture
-        save_volume(tmp_path / f"scans/{n}.mha", values)
-    save_volume(tmp_path / "scans/2.mha", values[:1])                      # a slice of scan 1 again, as another patient
-    prepare.main([str(tmp_path / "scans"), "--to", str(tmp_path / "ready"), "--dedupe", "--window", "-1000", "1000"])
-    assert data.load(tmp_path / "ready").groups.tolist() == [0, 0, 1, 1]
-    hashes = np.random.default_rng(0).integers(0, 2 ** 63, 50).astype(np.uint64)
-    for hash in hashes:
-        distance = min(bin(int(hash) ^ int(other)).count("1") for other in hashes[:20])
-        assert copies.is_near(hash, list(hashes[:20])) == (distance <= copies.NEAR)
-    seen = copies.Copies()
-    kinds = [seen.kind(*each) for each in ((1, hashes[0], "a"), (2, hashes[0], "b"), (3, hashes[0], "a"),
-                                           (2, hashes[1], "c"), (4, hashes[0], ""), (5, hashes[0], ""))]
-    assert kinds == [None, None, "near", "copies", None, None]              # other patients may look alike
-    some = np.uint64(2 ** 40 + 5)
-    assert copies.is_near(some, [some ^ np.uint64(63)]) and not copies.is_near(some, [some ^ np.uint64(127)])
-    image = pixels(3)
-    image[:16, :16] //= 2
-    assert bin(int(copies.difference_hash(image)) ^ int(copies.difference_hash(image // 2 + 20))).count("1") <= 6
+def test_the_moments_are_those_of_the_training_images(tmp_path):
+    images = np.stack([pixels(n, dtype=np.uint16) for n in range(10)])[:, None]
+    dealt = data.split(data.Dataset("set", images, groups=np.arange(10)))
+    right = images[dealt.splits == "train"] / 65535
+    np.testing.assert_allclose([*dealt.mean, *dealt.std], [right.mean(), right.std()], rtol=1e-4)
 
 
-def test_copies_in_two_splits_keep_the_test_one(tmp_path):
+# ---- writing a set
+
+def run(tmp_path, *words):
+    look.main([str(tmp_path / "set"), *map(str, words)])
+
+
+def written(tmp_path, *words):
+    """The lines of split.csv, and the set."""
+    run(tmp_path, "--to", tmp_path / "new", *words)
+    with open(tmp_path / "new/split.csv", newline="") as file:
+        return list(csv.DictReader(file)), data.load(tmp_path / "new")
+
+
+def test_pictures_are_written_with_groups_and_splits(tmp_path, capsys):
+    for n in range(24):
+        save(tmp_path / f"set/{'ab'[n % 2]}/P{n // 2:02}_{n:02}.png", pixels(n, dtype=np.uint16))
+    rows, dataset = written(tmp_path, "--group-by", r"P\d+", "--split", 0.5, 0.25, 0.25)
+    assert len(rows) == 24 and dataset.images.dtype == np.uint16 and dataset.classes == ("a", "b")
+    assert all(len(set(dataset.splits[dataset.groups == g])) == 1 for g in range(12))
+    assert {name: (dataset.splits == name).sum() for name in ("train", "val", "test")} == {
+        "train": 12, "val": 6, "test": 6}
+    old = data.load(tmp_path / "set")
+    np.testing.assert_array_equal(dataset.images, old.images)
+    assert "patients (groups)" in capsys.readouterr().out
+    with pytest.raises(UserError, match="not an empty folder"):
+        run(tmp_path, "--to", tmp_path / "new")
+    with pytest.raises(UserError, match="inside the set"):
+        run(tmp_path, "--to", tmp_path / "set/new")
+    run(tmp_path, "--sheet", tmp_path / "s.png")
+    assert (tmp_path / "s.png").is_file() and "one patient may be on both sides" in capsys.readouterr().out
+    for words in (["--sheet", tmp_path / "s.png"], ["--dedupe"], ["--window", 1, 2]):
+        with pytest.raises(SystemExit):
+            run(tmp_path, *words)
+
+
+def test_copies_are_dropped_and_the_test_one_is_kept(tmp_path):
     for n in range(3):
-        save(tmp_path / f"set/{n}.png", pixels(n % 2))
-    table(tmp_path / "set", "file,label,split\n0.png,a,train\n1.png,b,train\n2.png,a,test\n")
-    words = [str(tmp_path / "set"), "--to", str(tmp_path / "ready")]
-    with pytest.raises(ValueError, match="same image.*0.png.*2.png"):
-        prepare.main(words)
-    assert not (tmp_path / "ready").exists() and not list(tmp_path.glob(".ready*"))
-    prepare.main([*words, "--dedupe"])
-    dataset = data.load(tmp_path / "ready")
-    assert sorted(zip(dataset.splits, dataset.labels, strict=True)) == [("test", 0), ("train", 1)]
-    assert dataset.classes == ("a", "b")
-
-
-def test_preparing_refuses_and_skips(tmp_path, capsys, monkeypatch):
-    save(tmp_path / "set/a/1.png", pixels(0, dtype=np.uint16))
-    save(tmp_path / "set/b/2.png", pixels(1, dtype=np.uint16))
-    (tmp_path / "set/b/3.png").write_bytes(b"")
-    words = [str(tmp_path / "set"), "--to", str(tmp_path / "ready")]
-    with pytest.raises(ValueError, match="1 of 3.*3.png"):
-        prepare.main(words)
-    assert not list(tmp_path.glob("*ready*"))
-    prepare.main([*words, "--skip-unreadable"])
-    assert "1 unreadable" in capsys.readouterr().out
-    dataset = data.load(tmp_path / "ready")
-    assert dataset.labels.tolist() == [0, 1] and dataset.images.dtype == np.uint8        # percentiles made 8 bits of 16
-    low, high = np.percentile(pixels(0, dtype=np.uint16), (0.5, 99.5))
-    expected = (pixels(0, dtype=np.uint16).clip(low, high) - low) * 255 / (high - low)
-    np.testing.assert_allclose(dataset.images[0, 0], expected, atol=0.51)
-    new = [*words[:2], str(tmp_path / "new")]
-    for wrong, word in ((words, "not empty"), ([*new, "--window", "3", "1"], "smaller"),
-                        ([*new, "--window", "0", "inf"], "finite"), ([*new, "--split", "nan", "0", "1"], "add up"),
-                        ([words[0], "--dedupe"], "--to"), ([str(tmp_path / "gone")], "no such")):
-        with pytest.raises(ValueError, match=word):
-            prepare.main(wrong)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "set/b/3.png").unlink()
-    prepare.main([words[0]])
-    said = capsys.readouterr().out
-    assert "class b" in said and "16 bits" in said and "near copies" in said
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "contact_sheet.png", "ready", "set"]
-
-
-# ---- real files
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared sets are not here")
-def test_shared_sets():
-    sizes = {"rbc_chula": 8870, "cxr_pneumonia": 5190, "hc18_fetal_head": 1333, "nuclei_dsb2018": 664}
-    for name, count in sizes.items():
-        source = find(SHARED / name)
-        assert len(source.names) == count and bool(source.masks) == (name[0] in "hn")
-        assert source.groups and source.splits and len(source.groups) == len(source.splits) == count
-    bad = SHARED / "formats/bad"
-    refused(["p1", "a.png", "b.png"], bad / "patient_leak")
-    refused(["a.png", "c.png", "same image"], bad / "same_image_twice")
-    refused(["gone.png"], bad / "missing_file")
-    refused(["masks/a.png", "images/a.png"], bad / "mask_size")
-    assert data.load(bad / "mask_255").masks.max() == 1
-    for name in ("pickled.npz", "no_train_images.npz", "truncated.npy", "text.png", "evil.pt"):
-        refused([name], bad / name)
-    assert data.load(SHARED / "formats/medmnist_gray.npz").splits.tolist().count("train") == 20
-    assert (data.load(SHARED / "formats/stack8.npy").images[:, 0] == readers.read(SHARED / "formats/stack8.npy")).all()
-
-
-def test_moments_of_16_bits_are_shares_of_the_full_scale(tmp_path):
-    image = save(tmp_path / "set/1.png", pixels(0, dtype=np.uint16))
-    dataset = data.load(tmp_path / "set")
-    wanted = [(image / 65535).mean(), (image / 65535).std()]
-    np.testing.assert_allclose([*dataset.mean, *dataset.std], wanted, rtol=1e-4)
-
-
-def test_a_large_picture_is_copied_once_at_most(tmp_path, monkeypatch):
-    """Of the decoder's way behind the file: fitting, hash, moments. What Pillow takes is not counted."""
-    for module, name in (decode, "CHUNK"), (sets, "BLOCK"), (decode.pixels, "WHOLE"):
-        monkeypatch.setattr(module, name, 2 ** 14)
-    monkeypatch.setattr(decode, "BUFFER", 2 ** 10)
-    picture = np.random.default_rng(0).integers(0, 256, (1000, 1000, 3), np.uint8)
-    (tmp_path / "set").mkdir()
-    np.save(tmp_path / "set/1.npy", picture)                                # memory-mapped, so not counted either
-    for size, most in (1000, 1.6), (60, 0.7):                               # planes; or a channel, then two of its rows
-        data.load(tmp_path / "set", size=size, cache=tmp_path / "warm")
-        tracemalloc.start()
-        dataset = data.load(tmp_path / "set", size=size, cache=tmp_path / "cache")
-        memory = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert memory < most * picture.nbytes
-        by_channel = [Image.fromarray(picture[..., c]).resize((size, size), Image.BILINEAR) for c in range(3)]
-        assert np.array_equal(dataset.images[0], np.stack(by_channel))
-    monkeypatch.undo()
-    whole = np.asarray(Image.fromarray(picture).resize((60, 60), Image.BILINEAR))
-    assert np.array_equal(dataset.images[0], whole.transpose(2, 0, 1))      # as the channels together
-    assert np.allclose(dataset.mean, (dataset.images[0] / 255.).mean((1, 2)), atol=1e-6)
-
-
-def test_split_takes_the_moments_of_its_training_images():
-    images = np.random.default_rng(0).integers(0, 256, (20, 1, 4, 4)).astype(np.uint8)
-    dealt = data.split(data.Dataset("", images))
-    train = images[dealt.rows("train")] / 255
-    np.testing.assert_allclose([*dealt.mean, *dealt.std], [train.mean(), train.std()], rtol=1e-5)
-
-
-def test_a_volume_is_scaled_as_a_whole_and_keeps_masked_slices(tmp_path):
-    values = np.stack([pixels(n).astype(np.int16) + 300 * n for n in range(3)] + [np.zeros((32, 32), np.int16)] * 2)
-    mask = np.zeros(values.shape, np.uint8)
-    mask[3, 4:9, 4:9] = 1                                                   # black, but somebody marked it
-    save_volume(tmp_path / "scans/images/1.mha", values)
-    save_volume(tmp_path / "scans/masks/1.mha", mask)
-    prepare.main([str(tmp_path / "scans"), "--to", str(tmp_path / "ready")])
-    dataset = data.load(tmp_path / "ready")
-    low, high = np.percentile(values, (0.5, 99.5))
-    expected = (values[:4].clip(low, high) - low) * 255 / (high - low)
-    np.testing.assert_allclose(dataset.images[:, 0], expected, atol=0.51)
-    assert dataset.masks.sum() == mask.sum()
-
-
-def test_preparing_inverts_where_small_is_bright(tmp_path, monkeypatch):
-    image = save(tmp_path / "set/1.png", pixels(0))
-    monkeypatch.setattr(readers, "small_is_bright", lambda path: True)      # a DICOM file of kind MONOCHROME1
-    prepare.main([str(tmp_path / "set"), "--to", str(tmp_path / "ready")])
-    np.testing.assert_array_equal(data.load(tmp_path / "ready").images[0, 0], 255 - image)
-
-
-@pytest.mark.parametrize("words", [[], ["--to", "ready"]])
-def test_an_interrupted_decoder_leaves_nothing(tmp_path, monkeypatch, words):
-    for n in range(4):
         save(tmp_path / f"set/{n}.png", pixels(n))
-    read, seen = readers.read, []
+    save(tmp_path / "set/copy.png", pixels(0))
+    near = pixels(1)
+    near[0, 0] ^= 1
+    save(tmp_path / "set/near.png", near)
+    table(tmp_path / "set", "file,split,group\n0.png,train,p0\n1.png,train,p1\n2.png,train,p2\ncopy.png,test,p3\n"
+                            "near.png,train,p1\n")
+    rows, _ = written(tmp_path, "--dedupe")
+    assert sorted(row["file"] for row in rows) == ["images/1.png", "images/2.png", "images/copy.png"]
 
-    def stop(path):
-        seen.append(path)
-        if len(seen) > 6:                                                   # four to choose a size, two of the images
-            raise KeyboardInterrupt
-        return read(path)
-    monkeypatch.setattr(readers, "read", stop)
-    monkeypatch.setattr(decode, "CHUNK", 1)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(KeyboardInterrupt):
-        prepare.main([str(tmp_path / "set"), *words])
-    assert not list((tmp_path / "cache").glob("*")) and not list(tmp_path.glob("*ready*"))
+
+def test_what_cannot_be_read_is_skipped_if_asked(tmp_path, capsys):
+    save(tmp_path / "set/0.png", pixels(0))
+    (tmp_path / "set/1.png").write_bytes(b"no")
+    with pytest.raises(UserError, match="1 of 2"):
+        run(tmp_path, "--to", tmp_path / "new")
+    assert not (tmp_path / "new").exists() and not list(tmp_path.glob(".new*"))
+    assert len(written(tmp_path, "--skip-unreadable")[0]) == 1 and "1 unreadable" in capsys.readouterr().out
+
+
+# ---- volumes
+
+def nifti(path, array, affine=None, slope=1.0):
+    """array (x, y, z)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head, kind = bytearray(352), {"int16": (4, 16), "uint8": (2, 8)}[array.dtype.name]
+    struct.pack_into("<i", head, 0, 348)
+    struct.pack_into("<8h", head, 40, array.ndim, *array.shape, *[1] * (7 - array.ndim))
+    struct.pack_into("<2h", head, 70, *kind)
+    struct.pack_into("<8f", head, 76, 1, *[1] * 7)
+    struct.pack_into("<3f", head, 108, 352, slope, 0)
+    if affine is not None:
+        struct.pack_into("<2h", head, 252, 0, 1)
+        struct.pack_into("<12f", head, 280, *np.asarray(affine, float).ravel())
+    head[344:348] = b"n+1\0"
+    path.write_bytes(bytes(head) + array.tobytes(order="F"))
+
+
+@pytest.fixture
+def sitk():
+    return pytest.importorskip("SimpleITK")
+
+
+AXES = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}
+
+
+@pytest.mark.parametrize("code", ["RAS", "LPS", "PIR", "ASL"])
+def test_volumes_are_turned_to_one_orientation(code, tmp_path, sitk):
+    """The corner at the patient's right, front and feet is bright in every file, whichever way its axes run."""
+    body = np.zeros((12, 14, 16), np.int16)                             # (right to left, front to back, feet to head)
+    body[2:10, 2:12, 2:14] = 100
+    body[2:5, 2:5, :] = 1000
+    axes, affine = [AXES[letter] for letter in code], np.zeros((3, 4))
+    stored = np.transpose(body, [axis for axis, _ in axes])
+    for place, (axis, sign) in enumerate(axes):
+        affine[axis, place] = sign
+        grows = -1 if axis < 2 else 1                                       # body runs to the left, the back, the head
+        stored = stored if sign == grows else np.flip(stored, place)
+    nifti(tmp_path / "set/scan.nii", np.ascontiguousarray(stored), affine)
+    rows, dataset = written(tmp_path, "--window", 0, 1000)
+    bright = dataset.images[len(rows) // 2, 0] > 200
+    y, x = np.nonzero(bright)
+    size = bright.shape[0]
+    assert bright.any() and y.mean() < size / 2 and x.mean() < size / 2     # front is up, right is on the left
+    assert set(row["group"] for row in rows) == {"g0000"}
+
+
+def test_volumes_become_slices_with_masks(tmp_path, sitk):
+    for n in range(3):
+        values = np.full((40, 32, 12), -1000, np.int16)
+        values[5:35, 4:28, 3:] = np.random.default_rng(n).integers(-100, 200, (30, 24, 9))
+        mask = np.zeros(values.shape, np.uint8)
+        mask[10:20, 10:20, 6] = 1
+        nifti(tmp_path / f"set/images/p{n}.nii", values, np.eye(3, 4))
+        nifti(tmp_path / f"set/labels/p{n}.nii", mask)                      # a header that says nothing
+    refused(["p0.nii", "--to"], tmp_path / "set")
+    rows, dataset = written(tmp_path, "--window", -160, 240, "--split", 0.34, 0.33, 0.33)
+    assert len(rows) == 27 and len(set(row["group"] for row in rows)) == 3  # three slices of each hold nothing but air
+    assert sorted(set(dataset.splits)) == ["test", "train", "val"] and dataset.classes == ("0", "1")
+    assert sum((mask == 1).any() for mask in dataset.masks) == 3
+    one = dataset.images[next(i for i, mask in enumerate(dataset.masks) if (mask == 1).any()), 0]
+    assert abs(one[one > 0].mean() - (50 + 160) / 400 * 255) < 20
+    nifti(tmp_path / "set/labels/p0.nii", mask[:-1])
+    with pytest.raises(UserError, match="p0.nii"):
+        run(tmp_path, "--to", tmp_path / "other")
+
+
+def test_damaged_volumes_are_refused(tmp_path, sitk):
+    nifti(tmp_path / "set/scan.nii", np.zeros((20, 20, 20), np.int16))
+    whole = (tmp_path / "set/scan.nii").read_bytes()
+    for content in (whole[:-4000], b"", b"no volume"):
+        (tmp_path / "set/scan.nii").write_bytes(content)
+        with pytest.raises(UserError, match="scan.nii"):
+            run(tmp_path, "--to", tmp_path / "new")
+
+
+def test_other_formats_and_patients_of_dicom(tmp_path, sitk):
+    (tmp_path / "set").mkdir()
+    for n, name in enumerate(("a.nrrd", "b.mha")):
+        image = sitk.GetImageFromArray(np.random.default_rng(n).integers(0, 99, (4, 20, 20)).astype(np.int16))
+        sitk.WriteImage(image, str(tmp_path / "set" / name))
+    for n in range(4):                                                      # two pictures of each of two patients
+        image = sitk.GetImageFromArray(pixels(n)[None])
+        for tag, value in (("0010|0020", f"SMITH{n // 2}"), ("0020|000e", f"1.2.3.{n}"), ("0028|0004", "MONOCHROME2")):
+            image.SetMetaData(tag, value)
+        sitk.WriteImage(image, str(tmp_path / f"set/x{n}.dcm"))
+    rows, dataset = written(tmp_path)
+    groups = [row["group"] for row in rows if "x" in Path(row["file"]).name]
+    assert len(rows) == 12 and groups[0] == groups[1] != groups[2] == groups[3]
+    assert b"SMITH" not in b"".join(path.read_bytes() for path in (tmp_path / "new").rglob("*.*"))
+
+
+def test_without_simpleitk_the_extra_is_named(tmp_path, monkeypatch):
+    nifti(tmp_path / "set/scan.nii", np.zeros((4, 4, 4), np.int16))
+    monkeypatch.setattr(volumes, "sitk", None)
+    with pytest.raises(UserError, match=r"medssl\[volumes\]"):
+        run(tmp_path)

@@ -1,7 +1,7 @@
-"""python -m medssl.common.data PATH: looks at a set of images; with --to it prepares one."""
+"""python -m medssl.common.data PATH: looks at a set of images; with --to it writes one."""
 
 from .. import cli
-from . import prepare
+from . import look
 
 if __name__ == "__main__":
-    cli.run(prepare.main)
+    cli.run(look.main)

@@ -7,8 +7,8 @@ import numpy as np
 from ..errors import UserError
 
 BLOCK = 2 ** 20                                                             # pixels that become floats in one go
+FAR = 0.1                                                                   # between shares asked for and dealt
 LEARNT_FROM = ("train", "unlabeled")
-SAME_IMAGE = "the same image", "; `python -m medssl.common.data {} --to FOLDER --dedupe` keeps one of them"
 
 
 @dataclass
@@ -47,31 +47,82 @@ def refuse_leaks(source, keys, what, hint=""):
     if not keys or not source.splits:
         return
     first, leaks = {}, []
-    for row, (key, split) in enumerate(zip(keys, source.splits, strict=True)):
+    for row, (key, split) in enumerate(zip(keys, source.splits)):
         other = source.splits[first.setdefault(key, row)]
         if key and other != split and not {other, split} <= set(LEARNT_FROM):
             leaks.append((first[key], row))
     if leaks:
         (a, b), more = leaks[0], f", and {len(leaks) - 1} more" if len(leaks) > 1 else ""
-        line = (f"{what.format(keys[leaks[0][0]])} stands in two splits: {source.names[a]} ({source.splits[a]}) and "
-                f"{source.names[b]} ({source.splits[b]}){more}{hint.format(source.path)}")
+        line = (f"{source.path}: {what.format(keys[a])} stands in two splits: {source.names[a]} ({source.splits[a]}) "
+                f"and {source.names[b]} ({source.splits[b]}){more}{hint}")
         if source.kind != "npz":
-            raise UserError(f"{source.path}: {line}")
-        print(f"{source.name}: warning: {line}")
+            raise UserError(line)
+        print(f"warning: {line}")
 
 
 def split(dataset, fractions=(0.7, 0.1, 0.2), seed=0):
     """The data set with new splits train, val, test. Groups stay whole; they are dealt in random order, large ones
     first, each to the split that is emptiest of the group's classes."""
     fractions = check_fractions(fractions)                                  # (3,)
-    labels = np.zeros(len(dataset), int) if dataset.labels is None else dataset.labels + 1      # no label: a class, too
-    groups = np.arange(len(dataset)) if dataset.groups is None else dataset.groups
+    splits = new_splits(dataset, np.arange(len(dataset)), fractions, seed)
+    return replace(dataset, splits=splits, **statistics(dataset, splits, fractions))
+
+
+def new_splits(dataset, rows, fractions, seed, large_first=True):
+    """The new split of each of these rows."""
+    labels = np.zeros(len(rows), int) if dataset.labels is None else dataset.labels[rows] + 1   # no label: a class, too
+    groups = rows if dataset.groups is None else dataset.groups[rows]
     group = np.unique(groups, return_inverse=True)[1]
     counts = np.zeros((group.max() + 1, labels.max() + 1))                  # (groups, classes)
     np.add.at(counts, (group, labels), 1)
+    side = dealt(counts, fractions, seed, large_first)                      # (groups,)
+    if large_first and missed(side, counts, fractions) > FAR:               # as with classes of one group each
+        plain = dealt(counts.sum(1, keepdims=True), fractions, seed)
+        side = min(side, plain, key=lambda each: missed(each, counts, fractions))
+    if missed(side, counts, fractions) > FAR:
+        got = " ".join(f"{share:.2f}" for share in shares(side, counts))
+        what = "images" if dataset.groups is None else "groups (patients)"
+        asked = " ".join(f"{share:g}" for share in fractions)
+        print(f"{dataset.name}: split {asked} was asked for, {got} is as near as {len(counts)} {what} come")
+    return np.array(["train", "val", "test"])[side][group]
+
+
+def statistics(dataset, splits, fractions):
+    """Mean and deviation of the images that are learnt from."""
+    learnt = np.flatnonzero(np.isin(splits, LEARNT_FROM)) if fractions[0] else np.arange(len(dataset))
+    parts = np.array_split(learnt, len(learnt) // 32 + 1)
+    mean, std = pooled(np.concatenate([moments(dataset.images[part]) for part in parts]))
+    return {"mean": mean, "std": std}
+
+
+def deal(dataset, seed):
+    """The data set with its patients dealt anew, 0.7 0.1 0.2, from a seed: for cross-validation. They are taken in
+    random order, as otherwise the large ones would lie in the same split each time. Groups without any row outside
+    "unlabeled" stay there."""
+    fractions = check_fractions((0.7, 0.1, 0.2))
+    groups = np.arange(len(dataset)) if dataset.groups is None else dataset.groups
+    rows = np.flatnonzero(np.isin(groups, groups[dataset.rows("train", "val", "test")]))
+    splits = np.full(len(dataset), "unlabeled")
+    if len(rows):
+        splits[rows] = new_splits(dataset, rows, fractions, seed, large_first=False)
+    return replace(dataset, splits=splits, **statistics(dataset, splits, fractions))
+
+
+def shares(side, counts):
+    """How much of all images train, val and test got: (3,)."""
+    return np.bincount(side, counts.sum(1), minlength=3) / counts.sum()
+
+
+def missed(side, counts, fractions):
+    return abs(shares(side, counts) - fractions).max()
+
+
+def dealt(counts, fractions, seed, large_first=True):
+    """Number of the split of each group, from its number of images in each class (groups, classes)."""
     share = counts / counts.sum(0).clip(1)                                  # so that rare classes weigh as much
     order = np.random.default_rng(seed).permutation(len(counts))
-    order = order[np.argsort(-counts[order].sum(1), kind="stable")]
+    if large_first:
+        order = order[np.argsort(-counts[order].sum(1), kind="stable")]
     allowed = np.flatnonzero(fractions)
     full = np.zeros((len(allowed), counts.shape[1]))                        # how full each split is of each class
     side = np.empty(len(counts), int)
@@ -84,11 +135,7 @@ def split(dataset, fractions=(0.7, 0.1, 0.2), seed=0):
         giver = np.bincount(side).argmax()
         if (side == giver).sum() > 1:
             side[min(np.flatnonzero(side == giver), key=lambda g: counts[g].sum())] = empty
-    splits = np.array(["train", "val", "test"])[side][group]
-    learnt = np.flatnonzero(splits == "train") if fractions[0] else np.arange(len(dataset))
-    parts = np.array_split(learnt, len(learnt) // 32 + 1)
-    mean, std = pooled(np.concatenate([moments(dataset.images[part]) for part in parts]))
-    return replace(dataset, splits=splits, mean=mean, std=std)
+    return side
 
 
 def check_fractions(fractions):
@@ -96,6 +143,11 @@ def check_fractions(fractions):
     if fractions.shape != (3,) or (fractions < 0).any() or not abs(fractions.sum() - 1) <= 1e-6:     # a nan, too
         raise UserError(f"split {' '.join(map(str, fractions))}: give shares of train, val and test that add up to 1")
     return fractions
+
+
+def unit(images):
+    """Whole numbers as float32 in [0, 1]: the largest that the type can hold becomes 1."""
+    return images / np.float32(np.iinfo(images.dtype).max)
 
 
 def moments(images):

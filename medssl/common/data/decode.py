@@ -1,297 +1,320 @@
-"""The decoder: from the files of a source to images.npy, masks.npy and rows.npz in a folder.
+"""From files to one array: every picture is read, made square, and written into a folder of the cache.
 
-Both the cache (cache.py) and `--to` (prepare.py) use it; a Wanted says what becomes of the files. A pool of threads
-turns chunks of rows into finished pieces; one thread appends them, in order, to files whose headers are filled in at
-the end, because nobody knows before how many slices are kept.
+The cache holds, for each set, size and number of channels,
+    images.npy      (N, C, H, W) uint8 or uint16
+    masks.npy       (N, H, W) uint8 class, 255 all over where an image has no mask
+    rows.npz        hashes (N,) of the pixels before fitting, shapes (N, 2) before fitting, moments (N, 2, C)
+Its name holds a digest of every file's size and time of change, so that a changed file is decoded anew. It is written
+aside and moved into place: two processes may both decode, none reads half a cache. Labels, splits and groups are read
+each time, as editing them should cost nothing. Memory-mapped, a set may be larger than the memory.
 
-images.npy      (N, C, H, W) uint8 or uint16
-masks.npy       (N, H, W) uint8 class, 255 all over where an image has no mask; only where the source has masks
-rows.npz        hashes (N,) of the pixels before fitting, shapes (N, 2) before fitting, moments (N, 2, C)
+Images become squares: the longer side is scaled to `size`, the shorter one padded with black (class 0 in masks). Masks
+take the same way, with the nearest pixel's value.
 """
+
+import hashlib
+import io
+import itertools
+import json
 import os
 import shutil
-import struct
-from collections import Counter, deque
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from ..errors import UserError
-from . import pixels, readers
-from .copies import Copies, difference_hash
-from .dataset import moments
-from .sources import ARRAYS, NO_MASK, UNPACKED, complain
+from .dataset import LEARNT_FROM, Dataset, moments, numbered, pooled, refuse_leaks
+from .sources import existing, header, naming, rows_of, stack_of
 
-SAMPLE = 64                                                             # images that size, channels, type are chosen by
-SAMPLED_VOLUMES = 4                                                         # every volume takes a while to read
+SAMPLE = 16                                                                 # images that size, channels, type rest on
 LARGEST = 1024                                                              # side of images of which nobody gave a size
 CHUNK = 2 ** 20                                                             # pixels that a thread decodes in one go
-BUFFER = 2 ** 20                                                            # bytes that are written in one go
-HEADER = 128                                                                # bytes before the pixels in a .npy
-BLANK = 25                                                                  # up to this grey value nothing is seen
+NO_MASK = 255
+GRAY = np.array([0.299, 0.587, 0.114], np.float32)
 
 
-def workers():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def open_source(source, size=None, channels=None, cache=None):
+    """The Dataset of a Source."""
+    if channels not in (None, 1, 3):
+        raise UserError(f"channels={channels}: an image has 1 or 3")
+    for note in source.notes:
+        print(f"{source.name}: {note}")
+    refuse_leaks(source, source.groups, "group {}")
+    folder = cached(source, size or common_size(source), channels or natural_channels(source), channels, cache)
+    with naming(folder):
+        images = np.load(folder / "images.npy", mmap_mode="r")              # (N, C, H, W)
+        masks = np.load(folder / "masks.npy", mmap_mode="r") if source.masks else None          # (N, H, W)
+        rows = dict(np.load(folder / "rows.npz", allow_pickle=False))
+        mask_classes = tuple(json.loads((folder / "info.json").read_text()))
+    refuse_leaks(source, rows["hashes"].tolist(), "the same image",
+                 f"; `python -m medssl.common.data {source.path} --to FOLDER --dedupe` keeps one of them")
+    labels, classes = numbered(source.labels) if source.labels else (None, mask_classes)
+    groups = source.groups and numbered([own or f"\0{row}" for row, own in enumerate(source.groups)])[0]
+    dataset = Dataset(source.name, images, labels, classes, masks, groups, source.splits and np.array(source.splits),
+                      names=source.files and source.names)
+    learnt, sums = dataset.rows(*LEARNT_FROM), rows["moments"].astype(np.float64)
+    dataset.mean, dataset.std = pooled(sums[learnt] if len(learnt) else sums)
+    return dataset
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """How files become arrays. As it stands: one image of 8 or 16 bits a file, whose grey values are kept."""
-    size: int | None = None                                                 # None: what pixels.common_size says
-    channels: int | None = None                                             # None: as the files are
-    fit: str = "pad"                                                        # how images become square, see pixels.py
-    prepare: bool = False                                                   # volumes become slices, grey values 8 bits
-    window: tuple | None = None                                             # grey values that become 0 and 255
-    percentiles: tuple | None = None                                        # the same by their shares
-    axis: int = 0                                                           # of (z, rows, columns), to cut across
-    dedupe: bool = False                                                    # leave copies out, see copies.py
-    skip: bool = False                                                      # go on without what cannot be read
+# ---- a few images tell what the set is like
+
+def sample(source):
+    """Shapes (rows, columns[, 3]) and types of a few evenly spread images; what cannot be read is left to decoding."""
+    if source.sample is None:
+        source.sample = []
+        if source.kind == "npz":
+            with naming(source.path), zipfile.ZipFile(source.path) as archive:
+                shape, dtype = header(archive, "train_images")
+            source.sample.append((shape[1:], np.dtype(np.uint8) if dtype.kind == "b" else dtype))
+        elif source.kind == "npy":
+            stack = stack_of(source.path)
+            source.sample.append((stack.shape[1:], stack.dtype))
+        else:
+            for row in sorted(set(np.linspace(0, len(source.names) - 1, SAMPLE).astype(int).tolist())):
+                try:
+                    image = picture(read(source.files[row]), source.names[row])
+                except (UserError, OSError):
+                    continue
+                source.sample.append((image.shape, image.dtype))
+    return source.sample
 
 
-@dataclass
-class Piece:
-    """One finished image."""
-    row: int                                                                # of the source
-    group: str
-    image: np.ndarray                                                       # (C, size, size)
-    mask: np.ndarray | None                                                 # (size, size) uint8
-    values: np.ndarray                                                      # (256,) how often its mask holds each value
-    hash: int                                                               # of its pixels before fitting
-    near: np.uint64 | None                                                  # difference hash, where copies are sought
-    shape: tuple                                                            # before fitting
-    moments: np.ndarray | None = None                                       # (2, C), known when its chunk is complete
+def shapes(source, most=SAMPLE):
+    return [shape for shape, _ in sample(source)[:most]]
 
 
-@dataclass
-class Decoded:
-    """What was written: of each image the row of the source it came from, and so on."""
-    rows: list
-    groups: list
-    hashes: list
-    shapes: list
-    size: int
-    channels: int
-    mask_classes: tuple
-    count: Counter                                                          # what was dropped, and what was noticed
-    notes: list                                                             # on the size and the masks
+def natural_channels(source):
+    return max((3 if len(shape) == 3 and shape[2] == 3 else 1 for shape in shapes(source)), default=1)
 
 
-def decode(source, folder, wanted):
-    """Writes images.npy, masks.npy and rows.npz of a source into this folder."""
-    pool = ThreadPoolExecutor(workers())                                    # Pillow and numpy let other threads run
-    try:
-        work = Work(source, folder, wanted, pool)
-        work.check_room(folder)
-        kept, values = write(work, folder, pool)
-    except MemoryError:
-        raise UserError(f"{source.path}: needs more memory than there is; a smaller --size needs less") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-        shutil.rmtree(folder / UNPACKED, ignore_errors=True)
-    rows, groups, hashes, shapes, sums, masked = zip(*kept, strict=True) if kept else [()] * 6
-    np.savez(folder / "rows.npz", hashes=np.array(hashes, np.uint64), shapes=np.array(shapes, np.int32), moments=sums)
-    mask_classes, notes = settle_masks(source, folder / "masks.npy", masked, values) if source.masks else ((), [])
-    notes = work.notes + notes
-    return Decoded(rows, groups, hashes, shapes, work.size, work.channels, mask_classes, work.count, notes)
+def common_size(source):
+    """The side where all are equal squares, else the median of the longer sides to a multiple of 32."""
+    sides = np.array([shape[:2] for shape in shapes(source)] or [(32, 32)])                 # (sample, 2)
+    same = sides.min() == sides.max()
+    return min(LARGEST, int(sides.min() if same else max(32, 32 * round(np.median(sides.max(1)) / 32))))
 
 
-def write(work, folder, pool):
-    """Appends the pieces to images.npy and masks.npy. Returns what is known of each, and the values in all masks."""
-    kept, values, square = [], np.zeros(256, np.int64), (work.size, work.size)
-    no_mask = np.full(square, NO_MASK, np.uint8)
-    with Growing(folder / "images.npy", work.dtype, (work.channels, *square)) as images, \
-            Growing(folder / "masks.npy", np.uint8, square) as masks:
-        for piece in work.pieces(pool):
-            images.append(piece.image)
-            if work.source.masks:
-                masks.append(no_mask if piece.mask is None else piece.mask)
-            values += piece.values
-            kept.append((piece.row, piece.group, piece.hash, piece.shape, piece.moments, piece.mask is not None))
-    if not work.source.masks:
-        (folder / "masks.npy").unlink()
-    return kept, values
+# ---- one picture
+
+def read(path, indices=False):
+    """The array in a file: (rows, columns) or (rows, columns, 3). 8 bits are uint8, 16 bits uint16; gray stays gray,
+    palettes become colours (or stay indices, of a mask), alpha is dropped, 1 bit becomes 0 and 255, EXIF's turn is
+    applied."""
+    with naming(path):
+        existing(path)
+        if str(path).lower().endswith(".npy"):
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        with open(path, "rb") as file:
+            image = Image.open(io.BytesIO(file.read()), formats=("PNG", "JPEG", "TIFF", "BMP"))
+        if getattr(image, "n_frames", 1) > 1:
+            raise ValueError("holds several pages: save each as a picture, or all as one .npy")
+        image.load()                                                        # refuses a file that ends early
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode in ("1", "LA", "La"):
+            image = image.convert("L")
+        elif image.mode in ("P", "PA") and not indices:
+            image = image.convert("RGBA").convert("RGB")                    # palettes may hold transparency
+        elif image.mode not in ("L", "P", "I", "F", "RGB") and not image.mode.startswith("I;16"):
+            image = image.convert("RGB")                                    # RGBA, CMYK, YCbCr, LAB
+        array = np.asarray(image)
+        return array.astype(np.uint16) if image.mode.startswith("I") else array     # how older Pillows open 16-bit PNG
 
 
-class Growing:
-    """A .npy file to which arrays of one shape are appended."""
-
-    def __init__(self, path, dtype, shape):
-        self.file, self.dtype, self.shape, self.count = open(path, "wb", BUFFER), np.dtype(dtype), shape, 0
-        self.file.write(bytes(HEADER))                                      # filled in when their number is known
-
-    def append(self, array):
-        self.file.write(np.ascontiguousarray(array))
-        self.count += 1
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        """The header: magic, version, length of the text, text."""
-        text = repr({"descr": self.dtype.str, "fortran_order": False, "shape": (self.count, *self.shape)})
-        with self.file:
-            self.file.seek(0)
-            self.file.write(b"\x93NUMPY\x01\x00" + struct.pack("<H", HEADER - 10))
-            self.file.write(text.ljust(HEADER - 11).encode() + b"\n")
+def picture(image, name, dtype=None):
+    """The image if it is one: (rows, columns) or (rows, columns, 3) of 8 or 16 bits, like the others of its set."""
+    if image.ndim == 3 and image.shape[2] == 1:
+        image = image[..., 0]
+    if image.ndim != 2 and (image.ndim != 3 or image.shape[2] != 3) or not image.size:
+        raise UserError(f"{name}: an array of shape {image.shape}, not one image")
+    image = image.astype(np.uint8) * 255 if image.dtype == bool else image
+    if image.dtype not in (np.uint8, np.uint16):
+        raise UserError(f"{name}: {image.dtype} pixels have no fixed range; `--to FOLDER --window LO HI` gives one")
+    if dtype is not None and image.dtype != dtype:
+        raise UserError(f"{name}: {image.dtype} pixels, where others have {dtype}: two scales in one set")
+    return image
 
 
-class Work:
-    """The rows of a source as finished pieces, the same for every one: size, channels and type are settled first."""
+def mask_of(path, image, name):
+    """The class indices (rows, columns) uint8 in a mask's file."""
+    mask = read(path, indices=True)
+    if mask.ndim == 3 and mask.shape[2] == 3 and (mask[..., :1] == mask).all():
+        mask = mask[..., 0]                                                 # gray saved as colour
+    if mask.shape != image.shape[:2]:
+        raise UserError(f"mask {path} is {by(mask.shape)}, but its image {name} is {by(image.shape[:2])}")
+    if mask.min() < 0 or mask.max() > 255 or (mask.dtype.kind == "f" and (mask % 1 != 0).any()):
+        raise UserError(f"mask {path} holds values from {mask.min()} to {mask.max()}, not class indices")
+    return mask.astype(np.uint8)
 
-    def __init__(self, source, folder, wanted, pool):
-        self.source, self.wanted, self.count, self.notes = source, wanted, Counter(), []
-        self.read, self.read_mask = source.open(folder)
-        self.size, self.channels, self.dtype = self.settled(pool)
 
-    def settled(self, pool):
-        """Size, channels and type, from a sample of the images."""
-        wanted = self.wanted
-        if wanted.prepare and wanted.size and wanted.channels:
-            return wanted.size, wanted.channels, np.dtype(np.uint8)
-        last, sampled = len(self.source.names) - 1, SAMPLED_VOLUMES if self.source.volumes else SAMPLE
-        sample = sorted(set(np.linspace(0, last, sampled).astype(int)))
-        seen = [look for look in pool.map(self.look, sample) if look] or [((32, 32), np.dtype(np.uint8))]
-        shapes = [shape for shape, _ in seen]
-        common = pixels.common_size(shapes)
-        if common > LARGEST and not wanted.size:
-            self.notes = [f"{LARGEST} x {LARGEST} instead of {common} x {common}: ask for --size {common} to keep that"]
-        return (wanted.size or min(common, LARGEST),
-                wanted.channels or max(3 if len(shape) == 3 else 1 for shape in shapes),
-                np.dtype(np.uint8) if wanted.prepare else seen[0][1])
+def by(shape):
+    return " x ".join(map(str, shape))
 
-    def look(self, row):
-        """Shape and type of a file's first image; None if it cannot be read: decoding lists it with all others."""
+
+def pixel_hash(image):
+    """64 bits that equal images share; 0 for an image of one single value, which is nobody's copy."""
+    if image.min() == image.max():
+        return 0
+    pixels = np.ascontiguousarray(image)
+    return int.from_bytes(hashlib.sha1(pixels, usedforsecurity=False).digest()[:8], "big")     # sha1: often the fastest
+
+
+def fitted(image, size, method=Image.BILINEAR):
+    """A square (size, size[, 3]) of an image or mask (rows, columns[, 3])."""
+    rows, columns = image.shape[:2]
+    if rows == columns == size:
+        return image
+    rows, columns = (max(1, round(n * size / max(rows, columns))) for n in (rows, columns))
+    square = np.zeros((size, size, *image.shape[2:]), image.dtype)
+    top, left = (size - rows) // 2, (size - columns) // 2
+    square[top:top + rows, left:left + columns] = resized(image, rows, columns, method)
+    return square
+
+
+def resized(image, rows, columns, method):
+    if image.shape[:2] == (rows, columns):
+        return image
+    if image.dtype == np.uint8:
+        return np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize((columns, rows), method))
+    layers = [image[..., c] for c in range(3)] if image.ndim == 3 else [image]              # 16 bits: only as floats
+    layers = [np.asarray(Image.fromarray(np.ascontiguousarray(layer, np.float32)).resize((columns, rows), method))
+              for layer in layers]
+    return np.rint(np.stack(layers, -1)).astype(image.dtype).reshape(rows, columns, *image.shape[2:])
+
+
+def planes(image, channels):
+    """(rows, columns[, 3]) -> (channels, rows, columns)"""
+    if image.ndim == 3:
+        return image.transpose(2, 0, 1) if channels == 3 else np.rint(image @ GRAY).astype(image.dtype)[None]
+    return image[None].repeat(channels, axis=0)
+
+
+# ---- the whole set
+
+def cached(source, size, channels, wanted, cache):
+    """The folder with the decoded set; `wanted` is what the user said of the channels."""
+    root = Path(cache or os.environ.get("MEDSSL_CACHE") or "~/.cache/medssl").expanduser()
+    root.mkdir(parents=True, exist_ok=True)
+    stem = f"{source.name}-{digest(['3', source.path, str(size), str(channels), str(bool(source.masks))])}"
+    folder = root / f"{stem}-{digest(stamps(source))}"
+    if not folder.is_dir():
+        for old in root.glob(f"{stem}-*"):                                  # from before a file changed
+            if not old.name.endswith(".part"):
+                shutil.rmtree(old, ignore_errors=True)
+        part = root / f"{folder.name}.{os.getpid()}.part"
+        part.mkdir()
         try:
-            image, name = self.read(row), self.source.names[row]
-            if self.wanted.prepare:
-                image = pixels.slices(image, name, self.wanted.axis)[0]     # (rows, columns[, 3])
-            else:
-                image = pixels.single(image, name)
-            return (image.shape, image.dtype) if image.size else None
-        except (UserError, OSError, MemoryError):
-            return None
+            decode(source, part, size, channels, wanted)
+            if not folder.is_dir():                                         # another process was faster
+                os.rename(part, folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    return folder
 
-    def check_room(self, folder):
-        count = 0 if self.wanted.prepare else len(self.source.names)        # nobody knows the number of slices yet
-        needed = count * self.size ** 2 * (self.channels * self.dtype.itemsize + bool(self.source.masks))
-        if needed > shutil.disk_usage(folder).free:
-            raise UserError(f"{folder.parent}: {needed / 1e9:.1f} GB of decoded images do not fit here; see --cache")
 
-    def pieces(self, pool):
-        """Yields the pieces in order, and counts what is left out."""
-        copies, unreadable = Copies(), []
-        for done, problems, noticed in self.chunks(pool):
-            unreadable += problems
-            self.count.update(noticed)
-            for piece in done:
-                kind = copies.kind(piece.hash, piece.near, piece.group) if self.wanted.dedupe else None
-                self.count[kind] += 1
-                if kind is None:
-                    yield piece
-        if not self.wanted.skip:
-            complain(self.source, unreadable)
-        for line in unreadable[:10]:
-            print(f"left out: {line}")                                      # said but not stored: it is a name
-        self.count["unreadable"] = len(unreadable)
+def digest(lines):
+    return hashlib.blake2b("\n".join(lines).encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
 
-    def chunks(self, pool):
-        """Yields (pieces, problems, noticed) of some rows at a time; the threads are a few chunks ahead."""
-        order, splits = list(range(len(self.source.names))), self.source.splits
-        if splits and self.wanted.dedupe:                                   # the copy nobody learns from comes first
-            order.sort(key=lambda row: {"test": 0, "val": 1}.get(splits[row], 2))
-        step = 1 if self.source.volumes else max(1, CHUNK // (self.size ** 2 * self.channels))
-        starts, waiting, ahead = deque(range(0, len(order), step)), deque(), workers() + 1
-        word = "preparing" if self.wanted.prepare else "decoding"
-        with tqdm(total=len(order), desc=f"{word} {self.source.name}", unit=" files", leave=False) as bar:
-            while starts or waiting:
-                while starts and len(waiting) < ahead:                      # so many chunks are in memory at a time
-                    start = starts.popleft()
-                    waiting.append(pool.submit(self.chunk, order[start:start + step]))
-                yield waiting.popleft().result()
-                bar.update(min(step, len(order) - bar.n))
 
-    def chunk(self, rows):
-        done, problems, noticed = [], [], Counter()
-        for row in rows:
+def stamps(source):
+    lines, missing = [], []
+    for file in source.files + [mask for mask in source.masks or [] if mask] if source.files else [source.path]:
+        try:
+            state = os.stat(file)
+            lines.append(f"{file} {state.st_size} {state.st_mtime_ns}")
+        except OSError:
+            missing.append(f"{file}: no such file")
+    complain(source, missing)
+    return lines
+
+
+def complain(source, problems):
+    """Error that lists what is wrong with some of a source's images."""
+    if problems:
+        listed = "; ".join(problems[:10]) + ("; ..." if len(problems) > 10 else "")
+        raise UserError(f"{source.path}: {len(problems)} of {len(source.names)} images cannot be used: {listed}. "
+                        f"`python -m medssl.common.data {source.path} --to FOLDER --skip-unreadable` leaves them out")
+
+
+def decode(source, folder, size, channels, wanted):
+    """Writes images.npy, masks.npy, rows.npz and info.json."""
+    count, dtype = len(source.names), next((kind for _, kind in sample(source)), np.dtype(np.uint8))
+    bytes_needed = count * size ** 2 * (channels * dtype.itemsize + bool(source.masks))
+    if bytes_needed > shutil.disk_usage(folder).free:
+        raise UserError(f"{folder.parent}: {bytes_needed / 1e9:.1f} GB of decoded images do not fit here; see --cache")
+    open_new = np.lib.format.open_memmap
+    images = open_new(folder / "images.npy", "w+", dtype, (count, channels, size, size))
+    masks = open_new(folder / "masks.npy", "w+", np.uint8, (count, size, size)) if source.masks else None
+    hashes, sides = np.zeros(count, np.uint64), np.zeros((count, 2), np.int32)
+    sums, values = np.zeros((count, 2, channels), np.float32), np.zeros((count if source.masks else 0, 256), bool)
+
+    def finish(rows, pictures):
+        """Of some rows: their pixels into the arrays. Returns what is wrong with them."""
+        problems = []
+        for row, item in zip(rows, pictures):
             try:
-                done += self.layers(row, noticed) if self.wanted.prepare else [self.single(row)]
-            except (UserError, OSError) as error:
-                problems.append(str(error))
-            except MemoryError:
-                problems.append(f"{self.source.names[row]}: needs more memory than there is")
-        step = max(1, CHUNK // (self.size ** 2 * self.channels))            # one by one would take longer
-        for some in (done[start:start + step] for start in range(0, len(done), step)):
-            stack = np.stack([piece.image for piece in some]) if some[1:] else some[0].image[None]     # (N, C, H, W)
-            for piece, sums in zip(some, moments(stack), strict=True):
-                piece.moments = sums
-        return done, problems, noticed
+                name = source.names[row]
+                image = picture(read(item) if isinstance(item, str) else item, name, dtype)
+                if image.ndim == 3 and channels == 1 and not wanted:
+                    raise UserError(f"{name}: in colour, others are gray: choose --channels 1 or 3")
+                images[row] = planes(fitted(image, size), channels)
+                hashes[row], sides[row] = pixel_hash(image), image.shape[:2]
+                if masks is not None:
+                    masks[row] = NO_MASK
+                if masks is not None and source.masks[row]:
+                    mask = mask_of(source.masks[row], image, name)
+                    values[row, np.unique(mask)] = True
+                    masks[row] = fitted(mask, size, Image.NEAREST)
+            except (UserError, OSError, MemoryError) as error:
+                problems.append(str(error) or f"{source.names[row]}: needs more memory than there is")
+        sums[rows] = moments(images[rows[0]:rows[-1] + 1])
+        return problems
 
-    def single(self, row):
-        """The one image of a file."""
-        name = self.source.names[row]
-        image = pixels.single(self.read(row), name, self.dtype)
-        if image.ndim == 3 and self.channels == 1 and not self.wanted.channels:
-            raise UserError(f"{name}: in colour, others are gray: choose --channels 1 or 3")
-        return self.finished(row, self.group(row), image, self.class_indices(row, self.read_mask(row), image))
-
-    def layers(self, row, noticed):
-        """The images of a file of any kind: an image, or a volume cut into slices."""
-        source, wanted, name = self.source, self.wanted, self.source.names[row]
-        array, mask = self.read(row), self.read_mask(row)
-        stack = pixels.slices(array, name, wanted.axis)                     # (slices, rows, columns[, 3])
-        masks = [None] * len(stack) if mask is None else pixels.slices(mask, name, wanted.axis)
-        if mask is not None and masks.shape[:3] != stack.shape[:3]:
-            raise UserError(f"mask {source.masks[row]} is {pixels.by(mask.shape)}, but its image {name} is "
-                            f"{pixels.by(array.shape)}")
-        low, high = pixels.grey_range(stack, wanted.window, wanted.percentiles)
-        inverted = source.kind not in ARRAYS and readers.small_is_bright(source.files[row])
-        group, done, empty = self.group(row, len(stack) > 1), [], 0
-        for layer, mask in zip(stack, masks, strict=True):
-            image = pixels.eight_bits(layer, low, high)
-            image = 255 - image if inverted else image
-            mask = self.class_indices(row, mask, image)
-            if len(stack) > 1 and (image > BLANK).mean() < 0.01 and (mask is None or not mask.any()):
-                empty += 1
-            else:
-                done.append(self.finished(row, group, image, mask))
-        noticed.update(empty=empty, fourth=array.ndim == 4 and stack.ndim == 3,
-                       hounsfield=not wanted.window and stack.dtype.kind in "if" and bool(stack.min() < -500))
-        return done
-
-    def group(self, row, several=False):
-        """The slices of a volume stay together, also where others have a group and it has none."""
-        own = self.source.groups[row] if self.source.groups else ""
-        return own or (self.source.names[row] if several else "")
-
-    def class_indices(self, row, mask, image):
-        source = self.source
-        return None if mask is None else pixels.class_indices(mask, image, source.masks[row], source.names[row])
-
-    def finished(self, row, group, image, mask):
-        wanted, size, values = self.wanted, self.size, np.zeros(256, np.int64)
-        square = np.ascontiguousarray(pixels.planes(pixels.fitted(image, size, wanted.fit), self.channels))
-        if mask is not None:
-            values = np.bincount(mask.ravel(), minlength=256)
-            mask = np.ascontiguousarray(pixels.fitted(mask, size, wanted.fit, Image.NEAREST))
-        near = difference_hash(image) if wanted.dedupe else None
-        return Piece(row, group, square, mask, values, pixels.pixel_hash(image), near, image.shape[:2])
+    complain(source, run(source, finish, max(1, CHUNK // (size ** 2 * channels))))
+    np.savez(folder / "rows.npz", hashes=hashes, shapes=sides, moments=sums)
+    classes = mask_classes(source, masks, values) if source.masks else ()
+    (folder / "info.json").write_text(json.dumps(classes))
+    images.flush()
+    square, oblong = (sides[:, 0] == sides[:, 1]) & (sides[:, 0] != size), sides[:, 0] != sides[:, 1]
+    if square.any():
+        print(f"{source.name}: {square.sum()} of {count} images are of another size: scaled to {size} x {size}")
+    if oblong.any():
+        print(f"{source.name}: {oblong.sum()} of {count} images are not square: scaled by their longer side and padded "
+              "with black")
 
 
-def settle_masks(source, path, masked, values):
-    """Names of the mask classes, and a note if 0 and 255 became 0 and 1. `values` counts each value's pixels."""
-    found = np.flatnonzero(values)
-    if set(found) <= {0, 255} and 255 in found:
-        masks = np.load(path, mmap_mode="r+")                               # (N, H, W)
-        for row in np.flatnonzero(masked):
+def run(source, finish, step):
+    """Calls finish(rows, pictures) for some rows at a time in a few threads (Pillow and numpy let others run), and
+    gathers what it returns."""
+    problems, waiting, items = [], [], iter(source.files or rows_of(source))
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with ThreadPoolExecutor(workers) as pool, naming(source.path), \
+            tqdm(total=len(source.names), desc=f"decoding {source.name}", unit=" files", leave=False) as bar:
+        for start in range(0, len(source.names), step):
+            rows = range(start, min(start + step, len(source.names)))
+            waiting.append(pool.submit(finish, rows, list(itertools.islice(items, len(rows)))))
+            while len(waiting) > workers:                                   # so many chunks are in memory at a time
+                problems += waiting.pop(0).result()
+                bar.update(step)
+        for job in waiting:
+            problems += job.result()
+    return problems
+
+
+def mask_classes(source, masks, values):
+    """Names of the mask classes; 0 and 255 become 0 and 1. values (N, 256): which ones each mask holds."""
+    present = np.flatnonzero(values.any(0))
+    if set(present) <= {0, 255} and 255 in present:
+        for row in np.flatnonzero(values.any(1)):
             masks[row] //= 255
-        masks.flush()
-        return ("0", "1"), ["masks hold 0 and 255: read as classes 0 and 1"]
-    if list(found) != list(range(len(found))):
-        values = " ".join(map(str, found[:20]))
-        raise UserError(f"{source.path}: masks hold the values {values}; class indices run 0, 1, 2, ... without a gap "
+        print(f"{source.name}: masks hold 0 and 255: read as classes 0 and 1")
+        return "0", "1"
+    if list(present) != list(range(len(present))):
+        listed = " ".join(map(str, present[:20]))
+        raise UserError(f"{source.path}: masks hold the values {listed}; class indices run 0, 1, 2, ... without a gap "
                         "(0 = background): renumber them")
-    return tuple(map(str, found)), []
+    return tuple(map(str, present.tolist()))

@@ -1,48 +1,114 @@
-"""What is printed and drawn of a set: counts, sizes, grey values, copies, and the contact sheet."""
+"""What is in a set of images, and the command line that says it.
+
+    python -m medssl.common.data PATH                       counts, sizes, grey values; --sheet FILE.png draws some
+    python -m medssl.common.data PATH --to FOLDER --window -160 240 --dedupe --split 0.7 0.1 0.2
+"""
+
+import os
+import re
+from pathlib import Path
+
 import numpy as np
-from PIL import Image
 
-from ..errors import UserError
+from .. import cli, files
 from ..pictures import sheet
-from . import pixels
-from .copies import NEAR, difference_hash, is_near
-from .sources import NO_MASK, complain
+from . import decode, phantoms, prepare, volumes
+from .dataset import unit
+from .sources import find, is_volume
 
-SHOWN = 48                                                                  # images on the contact sheet
-LOOKED_AT = 4000                                                            # images searched for near copies
+SHOWN = 48                                                                  # images on the sheet
 
 
-def report(dataset, rows, kind, names, notes):
+def main(arguments=None):
+    parser = cli.Parser(prog="python -m medssl.common.data",
+                        description="Says what a set of images holds; with --to, writes it as pictures.")
+    add = parser.add_argument
+    add("path", type=cli.filled, help="folder, split.csv, .npz, .npy, a volume, or phantoms")
+    add("--label", type=cli.filled, default="label", help="column of split.csv")
+    add("--group-by", type=cli.filled, metavar="REGEX",
+        help="patient: first bracket, or whole match, in the file name; or: parent")
+    add("--size", type=cli.side, help="side of the images")
+    add("--channels", type=int, choices=(1, 3), help="gray or colour (default: as the files are)")
+    add("--sheet", type=cli.filled, metavar="FILE.png", help="draw some of the images, with their masks, here")
+    add("--cache", type=cli.filled, metavar="DIR", help="for decoded images (or $MEDSSL_CACHE, or ~/.cache/medssl)")
+    add("--to", type=cli.filled, metavar="FOLDER", help="write the set into this new folder, as the flags below say")
+    add("--window", type=float, nargs=2, metavar=("LO", "HI"), help="grey values that become 0 and 255")
+    add("--percentiles", type=float, nargs=2, metavar=("LO", "HI"), help="the same by percentiles (volumes: 0.5 99.5)")
+    add("--axis", type=int, choices=(0, 1, 2), default=0, help="of (z, rows, columns), that volumes are cut across")
+    add("--dedupe", action="store_true", help="drop exact copies, and near copies within a group")
+    add("--split", type=float, nargs=3, metavar=("TRAIN", "VAL", "TEST"), help="deal the groups: 0.7 0.1 0.2")
+    add("--skip-unreadable", action="store_true", help="leave out what cannot be read")
+    add("--seed", type=cli.whole, default=0, help="of --split")
+    args = parser.parse_args(arguments)
+    for name in ("window", "percentiles", "axis", "dedupe", "split", "skip_unreadable"):
+        if not args.to and getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} does something only with --to FOLDER")
+    if args.sheet and (os.path.lexists(args.sheet) or not args.sheet.endswith(".png")):
+        parser.error(f"--sheet {args.sheet}: name a new file that ends in .png")
+    if args.path == "phantoms":
+        if args.to:
+            parser.error("--to: the phantoms are built in, and open at any size")
+        return report(phantoms.opened(args.size, args.channels), "built in", args)
+    source = find(args.path, args.label, args.group_by, volumes=True)
+    if args.to:
+        for note in prepare.write(source, args.to, args):
+            print(note)
+        source = find(args.to)
+    elif any(map(is_volume, source.names, source.files or ())):
+        return look_at_volumes(source)
+    report(decode.open_source(source, args.size, args.channels, args.cache), source.kind, args, source)
+
+
+def look_at_volumes(source):
+    volumes.needed()
+    found = volumes.units([file for name, file in zip(source.names, source.files) if is_volume(name, file)])
+    print(f"{source.path}: {len(found)} volumes; cut them into slices with --to FOLDER. The first of them:")
+    for paths in found[:10]:
+        array = volumes.turned(volumes.read(paths)[0])
+        print(f"  {os.path.relpath(paths[0], source.path)}: {decode.by(array.shape)}, values {array.min():g} to "
+              f"{array.max():g}")
+        if array.dtype.kind in "if" and array.min() < -500:
+            print("    below -500, as in CT: consider --window -160 240 (soft tissue)")
+
+
+def report(dataset, kind, args, source=None):
     """Prints what a set holds."""
     count, channels, size, _ = dataset.images.shape
     print(f"{dataset.name}: {kind}; {count} images of {size} x {size}, {'colour' if channels == 3 else 'gray'}, "
           f"{dataset.images.dtype.itemsize * 8} bits")
-    for note in notes:
-        print(f"  {note}")
-    if rows is not None:
-        low, high = rows["shapes"].min(0), rows["shapes"].max(0)
-        print("sizes (rows x columns):  " + (f"all {low[0]} x {low[1]}" if (low == high).all() else
-              f"{low[0]} to {high[0]} x {low[1]} to {high[1]}, {len(np.unique(rows['shapes'], axis=0))} different"))
-    channels = [f"{mean:.4f} {std:.4f}" for mean, std in zip(dataset.mean, dataset.std, strict=True)]
-    print("mean and std:            " + ", ".join(channels))
+    print("mean and deviation: " + ", ".join(f"{m:.4f} {s:.4f}" for m, s in zip(dataset.mean, dataset.std)))
+    if source and source.grouping and source.groups:
+        print(f"a group is {source.grouping}")
     if dataset.groups is None:
-        print("patients:                unknown (no group column, no --group-by): a split may tear one apart")
+        print("no patient numbers: dealt by image, one patient may be on both sides of a split")
+        print(patient_hint(dataset.names) or "--group-by REGEX takes them from the file names")
     if len(dataset.classes) > max(60, count / 10):
-        print(f"classes:                 {len(dataset.classes)}: if these are patients, --group-by parent")
-    some = np.linspace(0, count - 1, min(count, LOOKED_AT)).astype(int)
-    masked = None
-    if dataset.masks is not None:
-        masked = np.array([mask.min() < NO_MASK for mask in dataset.masks])
-        totals = sum(np.bincount(dataset.masks[row].ravel(), minlength=256) for row in some if masked[row])
-        shares = [f"{value} on {totals[value] / totals.sum():.2%} of the pixels" for value in np.flatnonzero(totals)]
-        print("mask classes:            " + ", ".join(shares))
-    print_table(counts(dataset, masked))
-    print_histogram([dataset.images[row] for row in some[::max(1, len(some) // 500)]])
-    if rows is not None:
-        report_copies(dataset, rows["hashes"], names, some)
+        print(f"{len(dataset.classes)} classes: if these are patients, --group-by parent")
+    table = counts(dataset)
+    widths = [max(len(str(line[column])) for line in table) for column in range(len(table[0]))]
+    for line in table:
+        print("  " + "  ".join(str(cell).ljust(widths[0]) if i == 0 else str(cell).rjust(widths[i])
+                               for i, cell in enumerate(line)))
+    some = dataset.images[np.linspace(0, count - 1, min(count, 500)).astype(int)]
+    shares = np.histogram(some, 10, (0, np.iinfo(some.dtype).max + 1))[0] / some.size
+    print("grey values by tenths of the scale: " + " ".join(f"{share:.0%}" for share in shares))
+    if args.sheet:
+        draw(dataset, files.check_target(args.sheet, "--sheet"))
+        print(f"some of the images: {args.sheet}")
 
 
-def counts(dataset, masked):
+def patient_hint(names):
+    """A line about names such as P012_03.png that look like several files of one patient, or ""."""
+    matches = [re.match(r"([A-Za-z]*)\d+(?=[_-])", os.path.basename(name)) for name in names or []]
+    if not matches or not all(matches) or len({match[1] for match in matches}) > 1:
+        return ""
+    groups, pattern = {match[0] for match in matches}, f"{matches[0][1]}\\d+"
+    if not 1 < len(groups) <= len(matches) / 2:
+        return ""
+    return f"files that look like one patient: `--group-by '{pattern}'` makes {len(groups)} groups"
+
+
+def counts(dataset):
     """Lines of a table: images, groups, classes and masks in each split."""
     splits, parts = ["all"], [np.arange(len(dataset))]
     if dataset.splits is not None:
@@ -52,90 +118,19 @@ def counts(dataset, masked):
     if dataset.groups is not None:
         table.append(["patients (groups)", *(len(np.unique(dataset.groups[part])) for part in parts)])
     if dataset.labels is not None:
-        for number, name in [*enumerate(dataset.classes)][:60]:
-            table.append([f"class {name}", *((dataset.labels[part] == number).sum() for part in parts)])
-        if (dataset.labels < 0).any():
-            table.append(["no label", *((dataset.labels[part] < 0).sum() for part in parts)])
-    if masked is not None:
+        table += [[f"class {name}", *((dataset.labels[part] == number).sum() for part in parts)]
+                  for number, name in [*enumerate(dataset.classes)][:60]]
+        table.append(["no label", *((dataset.labels[part] < 0).sum() for part in parts)])
+    if dataset.masks is not None:
+        masked = np.array([mask.min() < decode.NO_MASK for mask in dataset.masks])
         table.append(["with a mask", *(masked[part].sum() for part in parts)])
     return table
 
 
-def print_table(table):
-    first, *others = [max(len(str(line[column])) for line in table) for column in range(len(table[0]))]
-    for name, *cells in table:
-        cells = [str(cell).rjust(width + 2) for cell, width in zip(cells, others, strict=True)]
-        print("  " + name.ljust(first) + "".join(cells))
-
-
-def print_histogram(images):
-    """Grey values of some images, sixteen steps of the full scale."""
-    top = np.iinfo(images[0].dtype).max + 1
-    shares = sum(np.histogram(image, 16, (0, top))[0] for image in images) / sum(image.size for image in images)
-    print(f"grey values of {len(images)} images:")
-    for step, share in enumerate(shares):
-        print(f"  {step * top // 16:6d} {'#' * round(60 * share / shares.max()):60s} {share:6.1%}")
-
-
-def report_copies(dataset, hashes, names, some):
-    first, repeated = {}, []
-    for row, hash in enumerate(hashes.tolist()):
-        if hash and first.setdefault(hash, row) != row:
-            repeated.append((first[hash], row))
-    torn = 0 if dataset.labels is None else sum(dataset.labels[a] != dataset.labels[b] for a, b in repeated)
-    print(f"exact copies:            {len(repeated)}" + (f", {torn} of them with another class" if torn else "")
-          + "".join(f"; {names[a]} = {names[b]}" for a, b in repeated[:3]))
-    near, kept = 0, {}
-    for row in some:
-        image = dataset.images[row].transpose(1, 2, 0)                      # (H, W, C)
-        hash = difference_hash(image if image.shape[2] == 3 else image[..., 0])
-        others = kept.setdefault(0 if dataset.groups is None else dataset.groups[row], [])
-        if is_near(hash, others):
-            near += 1
-        else:
-            others.append(hash)
-    where, dropped = (" of the group", "both") if dataset.groups is not None else ("", "the exact ones only: no groups")
-    print(f"near copies:             {near} of {len(some)} looked at (within {NEAR} of 64 bits of an earlier "
-          f"image{where}); --to FOLDER --dedupe drops {dropped}")
-
-
 def draw(dataset, path):
-    """The contact sheet: images evenly over the classes, masks laid over them."""
+    """Images evenly over the classes, masks laid over them."""
     order = np.arange(len(dataset)) if dataset.labels is None else np.argsort(dataset.labels, kind="stable")
     rows = order[np.linspace(0, len(order) - 1, min(len(order), SHOWN)).astype(int)]
-    titles = ()
-    if dataset.labels is not None:
-        titles = [dataset.classes[label] if label >= 0 else "no label" for label in dataset.labels[rows]]
-    images = pixels.unit(dataset.images[rows])
+    titles = () if dataset.labels is None else [(*dataset.classes, "no label")[label] for label in dataset.labels[rows]]
     masks = [] if dataset.masks is None else [dataset.masks[rows]]
-    sheet([("", images, *masks)], path, titles=titles, columns=8)
-
-
-def report_volumes(source, path, size=192):
-    """What raw volumes hold; the sheet shows the middle slice of some, each scaled by its percentiles."""
-    print(f"{source.name}: {source.kind}; {len(source.names)} files with volumes: prepare them with --to FOLDER")
-    for note in [*source.notes, f"a group is {source.grouping or 'the volume'}"]:
-        print(f"  {note}")
-    if source.groups:
-        print(f"patients (groups):       {len(set(source.groups))}")
-    read, read_mask = source.open(None)
-    pictures, masks, problems = [], [], []
-    for row in sorted(set(np.linspace(0, len(source.names) - 1, 24).astype(int))):
-        try:
-            array, mask = read(row), read_mask(row)
-        except UserError as error:
-            problems.append(str(error))
-            continue
-        layers = pixels.slices(array, source.names[row], 0)
-        middle, (low, high) = len(layers) // 2, np.nanpercentile(layers, (0.5, 99.5))
-        print(f"  {source.names[row]}: {pixels.by(array.shape)}, values {np.nanmin(array):g} to {np.nanmax(array):g}"
-              + (f", mask {pixels.by(mask.shape)} of {len(np.unique(mask))} classes" if mask is not None else ""))
-        picture = pixels.fitted(pixels.eight_bits(layers[middle], low, high), size, "pad")
-        pictures.append(pixels.unit(pixels.planes(picture, 3)))                   # (3, size, size)
-        masks.append(np.full((size, size), NO_MASK, np.uint8))
-        if mask is not None and mask.shape == array.shape:
-            layer = pixels.slices(mask, source.names[row], 0)[middle].astype(np.uint8)
-            masks[-1] = pixels.fitted(layer, size, "pad", Image.NEAREST)
-    complain(source, problems)
-    layers = [np.stack(masks)] if source.masks else []
-    sheet([("", np.stack(pictures), *layers)], path, columns=6)
+    sheet([("", unit(dataset.images[rows]), *masks)], Path(path), titles, columns=8)

@@ -23,8 +23,7 @@ from dataclasses import replace
 import numpy as np
 
 from ..errors import UserError
-from . import pixels
-from .dataset import Dataset
+from .dataset import Dataset, unit
 
 CLASSES = ("none", "cyst", "tumour", "calcification")
 ORGANS = ("background", "liver", "spleen", "kidneys", "vessels", "bones", "bowel")
@@ -90,7 +89,7 @@ def make(count=2000, size=96, seed=0):
         masks[rows] = scene.organs
         images[rows, 0] = scene.scan()
     splits = splits[groups]
-    seen = pixels.unit(images[splits == "train"])
+    seen = unit(images[splits == "train"])
     mean, std = (float(seen.mean()),), (float(seen.std()),)
     return Dataset("phantoms", images, labels, CLASSES, masks, groups, splits, mean, std)
 

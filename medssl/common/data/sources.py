@@ -1,165 +1,201 @@
-"""What a folder or table of files holds, before any pixel is decoded: the images' names, labels, masks, splits, groups.
+"""What a path holds, before any pixel is decoded: one table with a row an image.
 
     folder          images at any depth; one folder per class; images/ beside masks/ (or labels/);
                     train/, val/, test/ above any of these
     split.csv       in the folder: columns file, label, split, group, ...; a label is a class, a mask's path, or empty
+    set.npz         MedMNIST: train_images, train_labels, val_images, ...
+    stack.npy       (N, rows, columns), (N, rows, columns, 3) or (N, channels, rows, columns)
 
-How a plain folder is read: pictures exactly one folder deep belong to the class that the folder is named after;
-pictures that lie deeper, and volumes in folders, have no label, and the folder they lie in is their group. A group is
-whatever must not be torn apart by a split: a patient, a smear, a volume. A mask belongs to the image of the same name
-in images/.
-
-DICOM files are known by their ending or, without one, by their first bytes. A folder that holds nothing but several
-slices of one series is one volume; any other DICOM file is a picture. Their groups are the patients that PatientID
-tells apart; it names a person, so only a number is kept of it.
+How a plain folder is read: pictures exactly one folder deep belong to the class that the folder is named after.
+Pictures that lie deeper, or in folders below images/ beside masks/, have no label, and the folder they lie in is their
+group. A group is whatever must not be torn apart by a split: a patient, a smear, a volume. A mask belongs to the image
+of the same name.
 """
+
 import csv
 import io
 import os
 import re
-from collections.abc import Callable
+import stat
+import zipfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import UserError
-from . import readers
+import numpy as np
 
-FLAT = readers.IMAGES + (".npy",)                                           # endings of pictures
-SOLID = readers.VOLUMES + readers.DICOM                                     # of what has to be prepared first
+from ..errors import UserError
+
+PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+VOLUMES = (".nii", ".nii.gz", ".mhd", ".mha", ".nrrd", ".nhdr", ".dcm", ".dicom")
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
           "test": "test", "testing": "test", "unlabeled": "unlabeled", "unlabelled": "unlabeled"}
-SAVED = re.compile(r"(train|val|test)\d+_(\d+(?:_\d+)*)\.\w+")              # how medmnist's .save() names a picture
-MONTAGE = "_montage.jpg"
-SHEET = "contact_sheet.png"                                                 # drawn of a set, and none of its images
 COLUMNS = ("file", "label", "mask", "split", "group")                       # of a table
-SEPARATOR = re.compile(r"[|;]")                                             # between the labels of one image
 SEVERAL = "{} labels per image: none of them can be the class, so they are left out (no labels)"
-PREPARED = "prepared folder"
-BUILT_IN = "built in"
-ARRAYS = ("npz", "npy", PREPARED, BUILT_IN)                                 # sets whose images are rows, not files
-NO_MASK = 255
-UNPACKED = "unpacked"                                                       # folder that is deleted after decoding
 
 
 @dataclass
 class Source:
-    """What was found. Every list has one entry per image."""
+    """What stands at a path. Every list has one entry per image."""
     path: str
     kind: str                                                               # in words
     names: list                                                             # what messages call each image
-    files: list                                                             # every file whose change must be noticed
-    open: Callable                                                          # open(folder) -> read(row), read_mask(row)
+    files: list | None = None                                               # None: rows of arrays
     labels: list | None = None                                              # class names, "" = none
-    groups: list | None = None                                              # "" = a group of its own
-    splits: list | None = None
     masks: list | None = None                                               # paths, "" = none
-    volumes: tuple | list = ()                                              # names of volumes among the images
+    splits: list | None = None
+    groups: list | None = None                                              # "" = a group of its own
     grouping: str = ""                                                      # what a group is, in words
     notes: tuple | list = ()                                                # to be said whenever the set is opened
+    sample: list | None = None                                              # shapes and types, see decode.sample
 
     @property
     def name(self):
         return re.sub(r"[^\w-]", "_", Path(self.path).name.split(".")[0]) or "set"
 
 
-def complain(source, problems):
-    """Error that lists what is wrong with some of a source's images."""
-    if problems:
-        listed = "; ".join(problems[:10]) + ("; ..." if len(problems) > 10 else "")
-        raise UserError(f"{source.path}: {len(problems)} of {len(source.names)} images cannot be used: {listed}. "
-                        f"`python -m medssl.common.data {source.path} --to FOLDER --skip-unreadable` leaves them out")
+def find(path, label="label", group_by=None, volumes=False):
+    """The Source behind a path. Volumes are refused unless asked for: they have to be cut into slices first."""
+    path = existing(path)
+    if path.is_dir() and (path / "split.csv").is_file():
+        source = from_csv(path / "split.csv", label)
+    elif path.is_dir():
+        source = from_folder(path)
+    elif path.suffix == ".csv":
+        source = from_csv(path, label)
+    elif path.suffix == ".npz":
+        source = from_npz(path)
+    elif path.suffix == ".npy":
+        source = from_npy(path)
+    elif is_volume(path.name, path):
+        source = Source(str(path), "one volume", [path.name], [str(path)])
+    else:
+        raise UserError(f"{path}: a set is a folder, split.csv, .npz or .npy, not a single {path.suffix or 'unnamed'} "
+                        "file")
+    if label != "label" and source.kind != "split.csv":
+        raise UserError(f"{path}: --label {label} picks a column of a split.csv, and there is none")
+    solid = next((name for name, file in zip(source.names, source.files or ()) if is_volume(name, file)), None)
+    if solid and not volumes:
+        raise UserError(f"{path}: holds volumes or DICOM files ({solid}, ...): cut them into slices first with `python "
+                        f"-m medssl.common.data {path} --to FOLDER`, then open FOLDER")
+    if group_by:
+        group(source, group_by)
+    return source
 
 
-def is_solid(file):
-    """Whether this has to be prepared first: a volume, a DICOM file, or a folder of DICOM slices."""
-    if file.lower().endswith(FLAT):
+def existing(path):
+    """The path in full, or why it cannot be one."""
+    try:
+        str(path).encode()
+        path = Path(os.path.abspath(Path(path).expanduser()))
+        mode = path.stat().st_mode
+    except UnicodeEncodeError:
+        raise UserError(f"{str(path)!a}: the name is no UTF-8; rename it") from None
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file or folder (the built-in set is called phantoms)") from None
+    except (RuntimeError, ValueError, OSError) as error:                    # ~nosuchuser; a zero byte; a link to itself
+        raise UserError(f"{path!s}: {error}") from None
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise UserError(f"{path}: neither a file nor a folder, but a pipe, socket or device")
+    return path
+
+
+@contextmanager
+def naming(path):
+    """What goes wrong inside becomes one line with the path; decoders raise anything, from SyntaxError on."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(getattr(error, "strerror", None) or error or type(error).__name__).split())
+        raise UserError(f"{path}: cannot be read: {reason}") from error
+
+
+def is_volume(name, file):
+    """Whether this has to be cut into slices first. DICOM files are also known by their first bytes."""
+    if name.lower().endswith(VOLUMES):
+        return True
+    if name.lower().endswith((*PICTURES, ".npy")) or "." in os.path.basename(name) or not os.path.isfile(file):
         return False
-    return readers.kind_of(file) in SOLID or os.path.isdir(file)
+    with open(file, "rb") as stream:
+        return stream.read(132)[128:] == b"DICM"
 
 
-def from_files(path, kind, names, files, masks=None, **lists):
-    """A source of image files, and of mask files ("" = none)."""
-    masks = masks if masks and any(masks) else None
-    volumes = [name for name, file in zip(names, files, strict=True) if is_solid(file)]
-    read = readers.read_volume if volumes else readers.read
-
-    def open_files(folder):
-        def read_mask(row):
-            return readers.read_mask(masks[row], files[row]) if masks and masks[row] else None
-        return lambda row: read(files[row]), read_mask
-    watched = files + [mask for mask in masks or [] if mask]
-    return Source(str(path), kind, names, watched, open_files, masks=masks, volumes=volumes, **lists)
+def group(source, pattern):
+    """Sets the group of each image, from its name."""
+    if not source.files:
+        raise UserError(f"{source.path}: --group-by looks at file names, and a {source.kind} has none")
+    try:
+        matches = [re.search(".*(?=/)" if pattern == "parent" else pattern, name) for name in source.names]
+    except re.error as error:
+        raise UserError(f"--group-by {pattern}: not a regular expression ({error})") from None
+    groups = [match and match.group(bool(match.re.groups)) for match in matches]
+    missed = [name for name, own in zip(source.names, groups) if not own]
+    if missed:
+        raise UserError(f"--group-by {pattern}: does not match {len(missed)} of {len(groups)} names, first {missed[0]}")
+    source.groups, source.grouping = groups, "what --group-by finds in the file names"
+    if pattern == "parent" and source.kind == "class folders":
+        source.kind, source.labels = "one folder per group", None           # the folders are patients then, not classes
 
 
 # ---- tables
 
 def from_csv(path, label):
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            text = file.read()
-        if "\0" in text:                                                    # no path may hold it
-            raise csv.Error("it holds a zero byte")
-        reader = csv.DictReader(io.StringIO(text, newline=""), restval="")
-        rows, columns = list(reader), reader.fieldnames or []
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a table in UTF-8 with commas ({error})") from None
-    if "file" not in columns:
-        raise UserError(f"{path}: no column `file` among {', '.join(columns)} (the delimiter is a comma)")
+    rows, columns = table(path)
     if label not in columns and label != "label":
         raise UserError(f"{path}: no column {label}; there are {', '.join(columns)}")
-    if not rows:
-        raise UserError(f"{path}: no rows")
-    wide = next((number for number, row in enumerate(rows, 2) if None in row), None)
-    if wide:
-        raise UserError(f"{path}: line {wide} has more fields than the header; quote a name that holds a comma")
 
     def column(name):
         return [row[name].strip() for row in rows] if name in columns else None
 
-    names, splits, chosen = column("file"), column("split"), column(label)
+    splits, chosen = column("split"), column(label)
     for number, value in enumerate(splits or [], 2):
         if value.lower() not in SPLITS:
             raise UserError(f"{path}: line {number}: split `{value}` is none of train, val, test, unlabeled")
-    labels, masks = None, None
-    for values in column("mask"), column("label"), chosen:                  # `label=type` does not take the masks away
-        paths = [readers.suffix(value) in FLAT + SOLID for value in values or [] if value]
+    labels, masks, notes, inside = None, None, [], os.path.dirname(path)
+    for values in column("mask"), column("label"), chosen:                  # --label does not take the masks away
+        paths = [value.lower().endswith((*PICTURES, ".npy", *VOLUMES)) for value in values or [] if value]
         if any(paths) and not all(paths):
             raise UserError(f"{path}: a label column holds both classes and paths of masks ({values[0]}, ...)")
         masks = values if any(paths) else masks
         labels = chosen if paths and not any(paths) and values == chosen else labels
-    labels, notes = one_each(labels, [name for name in columns if name not in COLUMNS])
-    inside = os.path.dirname(path)
-    files = [os.path.join(inside, name) for name in names]
-    groups, grouping = column("group"), "what the column `group` says"
-    if not groups or not any(groups):
-        groups, grouping = patients(files)
-    return from_files(inside if path.name == "split.csv" else path, "split.csv", names, files,
-                      masks and [mask and os.path.join(inside, mask) for mask in masks],
-                      labels=labels, groups=groups, grouping=grouping,
-                      splits=splits and [SPLITS[value.lower()] for value in splits], notes=notes if not masks else ())
+    most = max((len(re.split("[|;]", label)) for label in labels or []), default=1)
+    if most > 1:
+        labels, notes = None, [SEVERAL.format(f"up to {most}")]
+    elif not labels and not masks and (others := [name for name in columns if name not in COLUMNS]):
+        notes = [f"no column `label`: --label learns from one of {', '.join(others)}"]
+    groups = column("group")
+    return Source(str(inside if path.name == "split.csv" else path), "split.csv", column("file"),
+                  [os.path.join(inside, name) for name in column("file")], labels,
+                  masks and [mask and os.path.join(inside, mask) for mask in masks],
+                  splits and [SPLITS[value.lower()] for value in splits], groups if any(groups or []) else None,
+                  "what the column `group` says", notes)
 
 
-def one_each(labels, others):
-    """The labels, unless some images have several of them, and notes on what is lost. others: columns that have no
-    meaning here."""
-    if not labels:
-        return labels, [f"no column `label`: --label learns from one of {', '.join(others)}"] if others else ()
-    several = max(labels, key=lambda label: len(SEPARATOR.split(label)))
-    count = len(SEPARATOR.split(several))
-    return (labels, ()) if count == 1 else (None, [SEVERAL.format(f"up to {count}") + f": {several}"])
+def table(path):
+    """The lines of a table as dicts, and its columns."""
+    with naming(path), open(path, newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(io.StringIO(file.read(), newline=""), restval="", strict=True)
+        rows, columns = list(reader), reader.fieldnames or []
+    if "file" not in columns:
+        raise UserError(f"{path}: no column `file` among {', '.join(columns)} (the delimiter is a comma)")
+    if not rows:
+        raise UserError(f"{path}: no rows")
+    for number, row in enumerate(rows, 2):
+        if None in row or "\0" in "".join(row.values()):
+            raise UserError(f"{path}: line {number} has more fields than the header, or a zero byte; quote a name that "
+                            "holds a comma")
+    return rows, columns
 
 
 # ---- folders
 
 def from_folder(path):
-    names, splits, masks = image_names(path), None, None
+    names = image_names(path)
     if not names:
-        foreign = next((file for file in sorted(Path(path).rglob("*")) if readers.way_out(readers.suffix(file))), None)
-        raise UserError(f"{path}: no images found ({' '.join(FLAT + SOLID)})"
-                        + (f"; {foreign.name}: {readers.way_out(readers.suffix(foreign))}" if foreign else ""))
-    if saved_by_medmnist(names):
-        return from_medmnist(path, names)
-    parts = [name.split("/") for name in names]
+        raise UserError(f"{path}: no images found ({' '.join((*PICTURES, '.npy', *VOLUMES))})")
+    parts, splits, masks = [name.split("/") for name in names], None, None
     if all(len(part) > 1 and part[0].lower() in SPLITS for part in parts):
         splits = [SPLITS[part[0].lower()] for part in parts]
         parts = [part[1:] for part in parts]
@@ -169,24 +205,23 @@ def from_folder(path):
         names, parts, splits = [[values[row] for row in rows] if values else None for values in (names, parts, splits)]
     if all(part[0] == "images" for part in parts):
         parts = [part[1:] for part in parts]
-    files = [os.path.join(path, name) for name in names]
     parents = ["/".join(part[:-1]) for part in parts]
-    kind, labels, notes = "images and masks" if masks else "folder of images", None, []
-    groups, grouping = patients(files)
-    if all(len(part) == 2 for part in parts) and not any(is_solid(file) and not is_dicom(file) for file in files):
-        if len(set(parents)) > 1:
-            kind, labels = "class folders", parents
-        elif not masks:
-            notes = [f"only one folder ({parents[0]}), so only one class: no labels"]
-    if len(set(parents)) > 1 and not labels and not groups and not splits:  # who made the splits knew the patients
-        groups, grouping = parents, "the folder"
-    return from_files(path, kind, names, files, masks, labels=labels, groups=groups, splits=splits, grouping=grouping,
-                      notes=notes)
+    source = Source(str(path), "images and masks" if masks else "folder of images", names,
+                    [os.path.join(path, name) for name in names], masks=masks, splits=splits)
+    several = len(set(parents)) > 1
+    if not masks and all(len(part) == 2 for part in parts) and not any(map(is_volume, names, source.files)):
+        if several:
+            source.kind, source.labels = "class folders", parents
+        else:
+            source.notes = [f"only one folder ({parents[0]}), so only one class: no labels"]
+    if several and not source.labels and (masks or not splits):             # beside masks, folders are patients
+        source.groups, source.grouping = parents, "the folder"
+    return source
 
 
 def paired(path, names, parts, splits):
     """The rows of the images in images/, and the mask of each in masks/ or labels/, "" = none."""
-    stems = [(splits and splits[row], *part[1:-1], part[-1].removesuffix(readers.suffix(part[-1])))
+    stems = [(splits and splits[row], *part[1:-1], re.sub(r"(\.nii)?\.\w+$", "", part[-1]))
              for row, part in enumerate(parts)]
     by_stem = {stems[row]: names[row] for row, part in enumerate(parts) if part[0] in ("masks", "labels")}
     rows = [row for row, part in enumerate(parts) if part[0] == "images"]
@@ -207,76 +242,90 @@ def image_names(path):
             continue
         visited.add((state.st_dev, state.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        inside = sorted(name for name in files if not name.startswith(".") and is_image(os.path.join(folder, name)))
         below = os.path.relpath(folder, path).replace(os.sep, "/")
-        if is_series([os.path.join(folder, name) for name in inside]):
-            names.append(below)                                             # the folder is one volume
-        else:
-            names += inside if below == "." else [f"{below}/{name}" for name in inside]
+        names += [name if below == "." else f"{below}/{name}" for name in sorted(files) if not name.startswith(".")
+                  and (name.lower().endswith((*PICTURES, ".npy")) or is_volume(name, os.path.join(folder, name)))]
+    for name in names:
+        existing(os.path.join(path, name))                                  # no pipe, and a name that can be printed
     return names
 
 
-def is_image(file):
-    return os.path.basename(file) != SHEET and (file.lower().endswith(FLAT + SOLID) or is_dicom(file))
+# ---- arrays
+
+def from_npz(path):
+    """A MedMNIST file. Its images are unpacked when they are decoded."""
+    with naming(path), zipfile.ZipFile(path) as archive:
+        keys = [name.removesuffix(".npy") for name in archive.namelist()]
+        parts = [part for part in ("train", "val", "test") if f"{part}_images" in keys or f"{part}_labels" in keys]
+        wanted = [f"{part}_{what}" for part in parts or ["train"] for what in ("images", "labels")]
+        lacking = [key for key in wanted if key not in keys]
+        if lacking or parts[0] != "train":
+            raise UserError(f"{path}: not a whole MedMNIST file: no {', '.join(lacking) or 'train_images'}, but "
+                            f"{', '.join(keys)}")
+        columns = [labels_of(archive, f"{part}_labels") for part in parts]
+        sizes = [header(archive, f"{part}_images")[0][0] for part in parts]
+    for part, column, size in zip(parts, columns, sizes):
+        if len(column) != size or column.shape[1:] != columns[0].shape[1:]:
+            raise UserError(f"{path}: {part}_images holds {size} images, {part}_labels is {column.shape}")
+    labels = np.concatenate(columns).reshape(sum(sizes), -1)                # (N, labels per image)
+    several = labels.shape[1] > 1
+    names = [f"{part}_images[{row}]" for part, size in zip(parts, sizes) for row in range(size)]
+    return Source(str(path), "npz", names, labels=None if several else list(map(str, labels[:, 0].tolist())),
+                  splits=np.repeat(parts, sizes).tolist(),
+                  notes=[SEVERAL.format(labels.shape[1])] if several else [])
 
 
-# ---- folders that medmnist's .save() wrote
-
-def saved_by_medmnist(names):
-    """Whether pictures in one folder are called {split}{number}_{label}[_{label}...].png; montages may lie beside."""
-    names = [name for name in names if not name.endswith(MONTAGE)]
-    return (bool(names) and len({os.path.dirname(name) for name in names}) == 1
-            and all(SAVED.fullmatch(os.path.basename(name)) for name in names))
-
-
-def from_medmnist(path, names):
-    names = [name for name in names if not name.endswith(MONTAGE)]
-    found = [SAVED.fullmatch(os.path.basename(name)).groups() for name in names]
-    splits, labels = [split for split, _ in found], [label for _, label in found]
-    several = labels[0].count("_") + 1
-    return from_files(path, "pictures saved by medmnist", names, [os.path.join(path, name) for name in names],
-                      labels=labels if several == 1 else None, splits=splits,
-                      notes=[SEVERAL.format(several)] if several > 1 else [])
+def header(archive, name):
+    """Shape and type of an array in an archive, without unpacking it."""
+    with archive.open(f"{name}.npy") as stream:
+        shape, _, dtype = read_header(stream)
+    if dtype.hasobject or not shape:
+        raise UserError(f"{archive.filename}: {name} is {dtype} {shape}, not a stack of images")
+    return shape, dtype
 
 
-# ---- DICOM
-
-def is_dicom(file):
-    return readers.kind_of(file) in readers.DICOM
-
-
-def is_series(files):
-    """Whether DICOM files are slices of one volume (X-rays of many patients are not): two at the start and one at the
-    end tell."""
-    if len(files) < 2 or not all(map(is_dicom, files)):
-        return False
-    heads = [head(file) for file in (*files[:2], files[-1])]
-    return all(head and head.picture and head.series for head in heads) and len({head.series for head in heads}) == 1
+def read_header(stream):
+    version = np.lib.format.read_magic(stream)
+    return (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(stream)
 
 
-def head(file):
-    """What a DICOM file, or the first of a folder of slices, says of itself; None if it says nothing. What is wrong
-    with the file will be listed when it is decoded."""
-    if os.path.isdir(file):
-        inside = (os.path.join(file, name) for name in sorted(os.listdir(file)))
-        file = next(filter(is_dicom, inside), file)
-    try:
-        return readers.dicom_head(file) if is_dicom(file) else None
-    except UserError:
-        return None
+def labels_of(archive, name):
+    """A whole array of an archive."""
+    with archive.open(f"{name}.npy") as stream:
+        return np.lib.format.read_array(stream, allow_pickle=False)
 
 
-def patients(files):
-    """The group of each file and what it is in words: of DICOM files the patient, or else the series, and "" of others.
-    Only a number is kept, as a PatientID names a person. (None, "") if no file says anything."""
-    numbers, groups = {}, []
-    for file in files:
-        told = None if file.lower().endswith(FLAT) else head(file)
-        key = told and (("patient", told.patient) if told.patient else ("series", told.series) if told.series else None)
-        groups.append(f"patient {numbers.setdefault(key, len(numbers) + 1)}" if key else "")
-    if not numbers:
-        return None, ""
-    without = sum(kind == "series" for kind, _ in numbers)
-    if without == len(numbers):
-        return groups, "the DICOM series, as the files have no PatientID"
-    return groups, "the PatientID of the DICOM files" + (f" ({without} series have none)" if without else "")
+def rows_of(source):
+    """The images of an .npz or .npy one after the other, each (rows, columns[, 3]): an .npz is unpacked on the way."""
+    if source.kind == "npy":
+        yield from stack_of(source.path)
+        return
+    with zipfile.ZipFile(source.path) as archive:
+        for part in dict.fromkeys(source.splits):
+            with archive.open(f"{part}_images.npy") as stream:
+                shape, by_column, dtype = read_header(stream)
+                if by_column:
+                    raise ValueError(f"{part}_images is stored column by column; save it with numpy.savez once more")
+                for _ in range(shape[0]):
+                    data = stream.read(int(np.prod(shape[1:])) * dtype.itemsize)
+                    yield standing(np.frombuffer(data, dtype).reshape(1, *shape[1:]), source.path)[0]
+
+
+def stack_of(path):
+    with naming(path):
+        return standing(np.load(path, mmap_mode="r", allow_pickle=False), path)
+
+
+def standing(stack, path):
+    """An array as (N, rows, columns[, 3])."""
+    if stack.ndim == 4 and stack.shape[1] in (1, 3) and stack.shape[3] not in (1, 3):
+        stack = np.moveaxis(stack, 1, 3)                                    # (N, rows, columns, C)
+    if stack.ndim == 4 and stack.shape[3] == 1:
+        stack = stack[..., 0]                                               # (N, rows, columns)
+    if stack.ndim not in (3, 4):
+        raise UserError(f"{path}: shape {stack.shape} is not a stack of images (N, rows, columns[, 3])")
+    return stack
+
+
+def from_npy(path):
+    return Source(str(path), "npy", [f"{path.name}[{row}]" for row in range(len(stack_of(path)))])
