@@ -66,6 +66,8 @@ class Jigsaw(nn.Module):
     def __init__(self, encoder, augment, grid=3, permutations=100, gap=0.0, jitter=0.05, width=512, hidden=4096,
                  depth=1, seed=0):
         super().__init__()
+        if min(gap, jitter) < 0 or gap + jitter >= 1:
+            raise ValueError(f"gap={gap} and jitter={jitter}: shares of a cell, which must leave some of it")
         self.encoder, self.augment, self.grid, self.gap, self.jitter = encoder, augment, grid, gap, jitter
         self.register_buffer("orders", permutation_set(grid ** 2, permutations, seed))      # (K, T)  Eq. 1
         self.branch = nn.Sequential(nn.Linear(encoder.dim, width), nn.ReLU(inplace=True), nn.BatchNorm1d(width))

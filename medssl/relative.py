@@ -67,6 +67,8 @@ class Relative(nn.Module):
 
     def __init__(self, encoder, augment, gap=0.025, jitter=0.025, width=2048, hidden=2048, depth=2):
         super().__init__()
+        if min(gap, jitter) < 0 or gap + jitter >= 1:
+            raise ValueError(f"gap={gap} and jitter={jitter}: shares of a cell, which must leave some of it")
         self.encoder, self.augment, self.gap, self.jitter = encoder, augment, gap, jitter
         self.branch = nn.Sequential(nn.Linear(encoder.dim, width), nn.ReLU(inplace=True), nn.BatchNorm1d(width))
         self.head = mlp(2 * width, *[hidden] * depth, 8, norm=False)

@@ -337,3 +337,10 @@ def test_a_part_on_another_encoder_is_refused():
     rotation = Rotation(encoder, plain)
     with pytest.raises(ValueError, match="simclr: built on another encoder"):
         Together(encoder, plain, {"rotation": rotation, "simclr": SimCLR(tiny_encoder(), plain)})
+
+
+@pytest.mark.parametrize("method", [Relative, Jigsaw, Rubik])
+@pytest.mark.parametrize("gap, jitter", [(0.6, 0.5), (0.0, 1.0), (-0.1, 0.3), (0.3, -0.1)])
+def test_a_gap_that_leaves_nothing_is_refused(method, gap, jitter):
+    with pytest.raises(ValueError, match=f"gap={gap} and jitter={jitter}"):
+        method(tiny_encoder(), plain, gap=gap, jitter=jitter)

@@ -241,6 +241,8 @@ FAULTS = {                                                                  # fi
          "pretext -k gap"),
         ("images mixed up", "torch.cat(z.chunk(2), 1)", "z.reshape(len(centre), -1)", "pretext -k own_tiles"),
         ("the centre twice", "torch.cat([centre, other])", "torch.cat([centre, centre])", "pretext -k every_tile"),
+        ("a gap as wide as a cell", "gap + jitter >= 1", "gap + jitter > 2", "pretext -k leaves_nothing"),
+        ("a negative gap", "min(gap, jitter) < 0", "jitter < 0", "pretext -k leaves_nothing"),
         ("all patches move alike", "index * cell + torch.randint(play + 1, index.shape, device=images.device)",
          "index * cell + torch.randint(play + 1, (1, 1), device=images.device)", "pretext -k gap"),
     ],
