@@ -311,6 +311,7 @@ def test_the_decoder_against_a_plain_reading():
     for f, norm, project, up in zip(maps[::-1], method.norms, method.projections, method.ups, strict=True):
         y = y + project(norm(f))
         for enlarge, conv, middle_norm, _, last_conv, last_norm in up:
+            assert isinstance(middle_norm, nn.BatchNorm2d) and isinstance(last_norm, nn.BatchNorm2d)
             middle = middle_norm(conv(enlarge(y)))
             most, y = max(most, middle.max()), last_norm(last_conv(middle.clamp(0, 6)))
     seen = []
