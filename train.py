@@ -58,7 +58,7 @@ def main(argv=None):
     method, first = build(args, dataset, say)
     say(f"{len(rows)} images {'x'.join(map(str, dataset.images.shape[1:]))} of {dataset.name}, "
         f"{sum(p.numel() for p in first.parameters()) / 1e6:.1f} M weights in {args.encoder}, on {device}")
-    for note in notes(method, args, len(rows)):
+    for note in notes(args, len(rows)):
         say(f"note: {note}")
     if args.resume:
         config.check_data(args.out, dataset)
@@ -109,15 +109,13 @@ def build(args, dataset, say):
     return config.build(METHODS, args.parts, encoder, channels, args.size), first
 
 
-def notes(method, args, count):
+def notes(args, count):
     """What the user should know before it starts."""
     if args.batch > count:
         yield (f"a batch of {args.batch} is larger than the set ({count} images): it holds copies, which contrastive "
                f"methods take for other images; --batch {1 << count.bit_length() - 1} avoids it")
-    for name, part in getattr(method, "parts", {args.method: method}).items():
-        if hasattr(part, "when_together") and len(args.parts) > 1:
-            yield f"{name} beside others: {part.when_together}"
-        queue = config.queue_size(METHODS[name], args.parts[name])
+    for name, part in args.parts.items():
+        queue = config.queue_size(METHODS[name], part)
         word = "queue_size" if len(args.parts) == 1 else f"{name}.queue_size"
         if queue > count:
             yield (f"the queue of {name} holds {queue} embeddings, more than there are images ({count}): images will "

@@ -41,7 +41,6 @@ The rules:
                                       dicts of the step's micro-batches, detached; progress runs over (0, 1]. All state
                                       is a parameter or a persistent buffer
     method.exported                   optional: the encoder to save, where it is not method.encoder
-    method.when_together              optional: a sentence that train.py prints when the method is trained beside others
 
 Constructors are Method(encoder, augment, **options). augment(images) -> views, random for each image;
 augment(images, geometry=True) -> views and theta (B, 2, 3), the map from view to image in coordinates from -1 to 1.

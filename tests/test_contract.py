@@ -28,9 +28,9 @@ CHEAP = {"queue_size": 20, "hidden": 32, "dim": 16, "prototypes": 10, "freeze": 
          "permutations": 10, "regions": 4, "predictor_hidden": 32, "bottleneck": 8}
 
 
-def make(name, channels=1, size=64, stem="default"):
+def make(name, channels=1, size=64, stem="default", stages=4):
     torch.manual_seed(0)
-    return make_on(name, tiny_encoder(channels, stem), channels, size)
+    return make_on(name, tiny_encoder(channels, stem, stages=stages), channels, size)
 
 
 def make_on(name, encoder, channels, size, views=None, cheap=CHEAP):

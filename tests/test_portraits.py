@@ -96,7 +96,7 @@ def test_right_answers_are_counted_and_wrong_tiles_framed(name, monkeypatch):
 
 def test_a_right_puzzle_is_the_image_again(monkeypatch):
     seen, views, look = scene("rubik")
-    tiles, which, turning = views
+    tiles, which, turning, *_ = views
     look.said = [torch.nn.functional.one_hot(which, 100).float(), *((turning == way) * 2.0 - 1 for way in (1, 2))]
     lattice, drawn = portraits.lattice, []
     monkeypatch.setattr(portraits, "lattice", lambda tiles, *wrong: drawn.append(tiles) or lattice(tiles, *wrong))

@@ -62,25 +62,20 @@ def test_undoing_the_label_restores_the_image():
         assert not torch.equal(paste(tiles, grid), images)
 
     rubik = Rubik(tiny_encoder(), plain, gap=0, jitter=0, width=8, hidden=8)
-    tiles, which, turning = rubik.views(images)
+    tiles, which, turning, masked = rubik.views(images)
+    assert not masked.any()
     assert torch.equal(paste(unshuffle(turn_over(tiles, turning), rubik.orders[which]), 3), images)
     assert not torch.equal(paste(unshuffle(tiles, rubik.orders[which]), 3), images)
 
 
-def test_shuffle_puts_tile_order_t_at_place_t():
-    tiles = torch.arange(4.0).view(1, 4, 1, 1, 1).repeat(2, 1, 1, 1, 1)
+def test_which_way_things_go():
     order = torch.tensor([[2, 0, 3, 1], [1, 2, 3, 0]])
-    assert torch.equal(shuffle(tiles, order).flatten(1).long(), order)
-
-
-def test_a_turn_is_counter_clockwise():
-    image = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).expand(2, 1, 2, 2)
-    assert rotate(image, torch.tensor([1, 2]))[:, 0].tolist() == [[[2, 4], [1, 3]], [[4, 3], [2, 1]]]
-
-
-def test_turning_1_is_left_right_and_2_is_up_down():
-    tile = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).expand(1, 3, 1, 2, 2)
-    _, across, down = turn_over(tile, torch.tensor([[0, 1, 2]]))[0, :, 0]
+    tiles = torch.arange(4.0).view(1, 4, 1, 1, 1).repeat(2, 1, 1, 1, 1)
+    assert torch.equal(shuffle(tiles, order).flatten(1).long(), order)      # tile order[t] comes to place t
+    image = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    turned = rotate(image.expand(2, 1, 2, 2), torch.tensor([1, 2]))[:, 0]   # counter-clockwise
+    assert turned.tolist() == [[[2, 4], [1, 3]], [[4, 3], [2, 1]]]
+    _, across, down = turn_over(image.expand(1, 3, 1, 2, 2), torch.tensor([[0, 1, 2]]))[0, :, 0]
     assert across.tolist() == [[2, 1], [4, 3]] and down.tolist() == [[3, 4], [1, 2]]
 
 
@@ -122,7 +117,7 @@ def test_there_are_no_more_permutations_than_the_factorial():
     assert len(orders) == len(orders.unique(dim=0)) == 24
     jigsaw = Jigsaw(tiny_encoder(), plain, grid=2, width=8, hidden=8)
     out = jigsaw(*jigsaw.views(batch(4)))
-    assert jigsaw.head[-1].out_features == 24 and out["chance"] == math.log(24)
+    assert jigsaw.head[-1].out_features == 24 and out["chance"] == pytest.approx(math.log(24))
 
 
 def test_greedy_choice_equals_a_naive_one():
@@ -165,30 +160,20 @@ def test_relative_leaves_the_gap_and_moves_the_patches():
     assert len(centre[:, :, 0, 0].unique(dim=0)) == 9       # 3 x 3 places
 
 
-def test_too_much_gap_is_refused_in_words():
-    with pytest.raises(ValueError, match="gap=0.6 and jitter=0.5"):
-        Relative(tiny_encoder(), plain, gap=0.6, jitter=0.5, width=8, hidden=8).views(batch(2))
-    with pytest.raises(ValueError, match="jitter=-0.1"):
-        Jigsaw(tiny_encoder(), plain, jitter=-0.1).views(batch(2))
-
-
 # ---- losses and heads ------------------------------------------------------------------------------------------------
 
-def linear_widths(head):
-    return [layer.out_features for layer in head if isinstance(layer, torch.nn.Linear)]
-
-
-def test_head_depths_are_the_study_s():
-    shallow, deep = Rubik(tiny_encoder(), plain), Rubik(tiny_encoder(), plain, mask=True, deep_heads=True)
-    assert linear_widths(shallow.order_head) == [1024, 1024, 100]
-    assert [linear_widths(head) for head in shallow.tile_heads.values()] == [[1024, 9]] * 2
-    assert [linear_widths(head) for head in deep.tile_heads.values()] == [[1024, 1024, 9]] * 3
-    in_2d, in_3d = Relative(tiny_encoder(), plain), Relative(tiny_encoder(), plain, width=64, hidden=1024, depth=1)
-    assert in_2d.head[0].in_features == 2 * 2048 and linear_widths(in_2d.head) == [2048, 2048, 8]
-    assert linear_widths(in_3d.head) == [1024, 8]
-    in_2d, in_3d = Jigsaw(tiny_encoder(), plain), Jigsaw(tiny_encoder(), plain, width=64, hidden=1024, depth=2)
-    assert in_2d.head[0].in_features == 9 * 512 and linear_widths(in_2d.head) == [4096, 100]
-    assert linear_widths(in_3d.head) == [1024, 1024, 100]
+@pytest.mark.parametrize("method, words, head, widths", [
+    (Rubik, {}, "order_head", [576, 1024, 1024, 100]),
+    (Rubik, {}, "tile_heads.horizontal", [576, 1024, 9]),
+    (Rubik, {"mask": True, "deep_heads": True}, "tile_heads.mask", [576, 1024, 1024, 9]),
+    (Relative, {}, "head", [4096, 2048, 2048, 8]),                          # the study's in 2D, then in 3D
+    (Relative, {"width": 64, "hidden": 1024, "depth": 1}, "head", [128, 1024, 8]),
+    (Jigsaw, {}, "head", [4608, 4096, 100]),
+    (Jigsaw, {"width": 64, "hidden": 1024, "depth": 2}, "head", [576, 1024, 1024, 100])])
+def test_head_depths_are_the_study_s(method, words, head, widths):
+    layers = method(tiny_encoder(), plain, **words).get_submodule(head)
+    linear = [layer for layer in layers if isinstance(layer, torch.nn.Linear)]
+    assert [linear[0].in_features, *(layer.out_features for layer in linear)] == widths
 
 
 @pytest.mark.parametrize("mask", [False, True])
@@ -223,42 +208,20 @@ def test_the_loss_looks_at_every_tile(method):
     torch.manual_seed(0)
     model = method(tiny_encoder(), plain, width=8, hidden=32).eval()
     views = model.views(batch(4))
-    before = model(*views)["loss"]
-    pictures = torch.stack(views[:2], 1) if method is Relative else views[0]                           # (B, T, C, h, w)
-    for place in range(pictures.shape[1]):
-        other = pictures.clone()
-        other[:, place] = 0.5
-        other = other.unbind(1) if method is Relative else (other,)
-        assert not torch.equal(model(*other, *views[len(other):])["loss"], before)
-
-
-class OfOneSize(torch.nn.Module):
-    """An encoder that takes one size only, as vision transformers do, and says so in two lines."""
-    dim = 4
-
-    def __init__(self, size):
-        super().__init__()
-        self.size, self.linear = size, torch.nn.Linear(size * size, 4)
-
-    def forward(self, x):
-        assert x.shape[2] == self.size, f"input height ({x.shape[2]})\ndoesn't match model"
-        return self.linear(x.flatten(1))
+    pictures = [view.requires_grad_() for view in (views[:2] if method is Relative else views[:1])]
+    model(*views)["loss"].backward()
+    slopes = torch.stack([p.grad for p in pictures], 1) if method is Relative else pictures[0].grad   # (B, T, C, h, w)
+    slopes = slopes.flatten(2).norm(dim=2)                                  # (B, T)
+    assert slopes.min() > 0.01 * slopes.max() > 0                           # .03 to .5 of it, from seed to seed
 
 
 @pytest.mark.parametrize("method", [Relative, Jigsaw, Rubik])
-def test_the_size_of_tiles_is_named_where_the_encoder_fails(method):
-    model = method(OfOneSize(64), plain, gap=0.0, jitter=0.05, width=8, hidden=8)
-    with pytest.raises(ValueError, match=r"tiles, 19 x 19 pixels each \(input height \(19\)\); it has") as caught:
-        model(*model.views(batch(3)))
-    assert "\n" not in str(caught.value) and isinstance(caught.value.__cause__, AssertionError)
-    fitting = method(OfOneSize(19), plain, gap=0.0, jitter=0.05, width=8, hidden=8)
-    assert fitting(*fitting.views(batch(3)))["loss"].isfinite()
-
-    def full(x):
-        raise RuntimeError("not enough memory")
-    model.encoder.forward = full
-    with pytest.raises(RuntimeError, match="^not enough memory"):
-        model(*model.views(batch(3)))
+def test_each_image_is_judged_by_its_own_tiles(method):
+    torch.manual_seed(0)
+    model = method(tiny_encoder(), plain, width=8, hidden=32).eval().double()
+    views = model.views(batch(4).double() * torch.linspace(0.1, 8, 4).view(-1, 1, 1, 1))        # unlike each other
+    alone = [model(*(view[i:i + 1] for view in views))["loss"] for i in range(4)]
+    torch.testing.assert_close(model(*views)["loss"], sum(alone) / 4)
 
 
 # ---- together --------------------------------------------------------------------------------------------------------
@@ -278,10 +241,11 @@ def test_together_is_the_sum_of_its_parts():
     out = both(*views)
     torch.manual_seed(1)
     rotation, simclr = (part(*part.views(images)) for part in both.parts.values())
-    assert torch.equal(out["loss"], rotation["loss"] + 0.25 * simclr["loss"])
-    assert out["chance"] == math.log(4) + 0.25 * math.log(11)
-    assert torch.equal(out["rotation.accuracy"], rotation["accuracy"])
-    assert torch.equal(out["embedding"], simclr["embedding"]) and "restored" not in out
+    torch.testing.assert_close(out["loss"], rotation["loss"] + 0.25 * simclr["loss"])
+    assert out["chance"] == pytest.approx(math.log(4) + 0.25 * math.log(11))
+    torch.testing.assert_close(out["rotation.accuracy"], rotation["accuracy"])
+    torch.testing.assert_close(out["embedding"], simclr["embedding"])
+    assert "restored" not in out
 
     out["loss"].backward()
     gradient = both.encoder.conv1.weight.grad.clone()
@@ -334,8 +298,10 @@ def test_a_queue_and_an_average_move_as_they_do_alone():
     both.after_step([both(*views)], 0.5)
     alone.after_step([alone(*views[0])], 0.5)
     state = {name: value for name, value in part.state_dict().items() if not name.startswith("encoder.")}
-    assert all(torch.equal(value, alone.state_dict()[name]) for name, value in state.items())
-    assert sum(not torch.equal(value, start[name]) for name, value in state.items()) > 10
+    for name, value in state.items():
+        torch.testing.assert_close(value, alone.state_dict()[name])
+    # the average moves by a thousandth of .01, the queue's new rows and the statistics by more
+    assert sum(bool((value - start[name]).abs().max() > 5e-6) for name, value in state.items()) > 10
 
 
 @pytest.mark.parametrize("names", [("rotation", "spark"), ("spark", "rotation")])
@@ -349,7 +315,7 @@ def test_spark_leaves_the_other_parts_alone(names):
     both = Together(encoder, plain, {name: parts[name] for name in names})
     other = both.parts["spark"].views(batch(6))
     out = both(*[views if name == "rotation" else other for name in names])
-    assert torch.equal(out["rotation.loss"], alone)                         # nothing is hidden from rotation
+    torch.testing.assert_close(out["rotation.loss"], alone)                 # nothing is hidden from rotation
     assert torch.equal(out["restored"], out["spark.restored"])
     out["loss"].backward()                                                 # both went through the same BatchNorm layers
 
@@ -366,19 +332,15 @@ def test_together_has_one_encoder_and_loads_its_own_state():
     assert all(part.encoder is other.encoder for part in other.parts.values())
 
 
-def test_together_refuses_a_part_on_another_encoder():
+def test_a_part_on_another_encoder_is_refused():
     encoder = tiny_encoder()
+    rotation = Rotation(encoder, plain)
     with pytest.raises(ValueError, match="simclr: built on another encoder"):
-        Together(encoder, plain, {"rotation": Rotation(encoder, plain), "simclr": SimCLR(tiny_encoder(), plain)})
-    with pytest.raises(KeyError, match="swav"):                             # a weight of no part
-        both = together({"swav": 2.0})
-        both(*both.views(batch(4)))
+        Together(encoder, plain, {"rotation": rotation, "simclr": SimCLR(tiny_encoder(), plain)})
 
 
 @pytest.mark.parametrize("method", [Relative, Jigsaw, Rubik])
-def test_each_image_is_judged_by_its_own_tiles(method):
-    torch.manual_seed(0)
-    model = method(tiny_encoder(), plain, width=8, hidden=32).eval()
-    views = model.views(batch(4) * torch.linspace(0.1, 8, 4).view(-1, 1, 1, 1))         # unlike each other
-    alone = [model(*(view[i:i + 1] for view in views))["loss"] for i in range(4)]
-    torch.testing.assert_close(model(*views)["loss"], sum(alone) / 4)
+@pytest.mark.parametrize("gap, jitter", [(0.6, 0.5), (0.0, 1.0), (-0.1, 0.3), (0.3, -0.1)])
+def test_a_gap_that_leaves_nothing_is_refused(method, gap, jitter):
+    with pytest.raises(ValueError, match=f"gap={gap} and jitter={jitter}"):
+        method(tiny_encoder(), plain, gap=gap, jitter=jitter)

@@ -8,21 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from medssl import genesis, pcrl
+from medssl import METHODS, genesis
 from medssl.autoencoder import Autoencoder, grey_error
-from medssl.common import augment, unet
-from medssl.genesis import (
-    Genesis,
-    bezier_map,
-    boxes,
-    curve_map,
-    even_error,
-    in_paint,
-    local_shuffle,
-    out_paint,
-    random_bands,
-    shuffle_blocks,
-)
+from medssl.common import augment, config, unet
+from medssl.genesis import Genesis, boxes, curve_map, even_error, in_paint, out_paint, random_bands, shuffle_blocks
 from medssl.pcrl import PCRL, transform, undo
 from tests.common import batch, tiny_encoder
 
@@ -80,6 +69,15 @@ def test_genesis_distorts_as_often_as_published():
     assert_share(distorted[:, 0, 0, 0] != target[:, 0, 0, 0], 0.9 * 0.8)    # only out-painting reaches the corner
 
 
+def test_genesis_distortions_follow_each_other(monkeypatch):
+    monkeypatch.setattr(genesis, "local_shuffle", lambda x: x.flip(3))
+    monkeypatch.setattr(genesis, "bezier_map", lambda x: 1 - x)
+    for name in ("in_paint", "out_paint"):
+        monkeypatch.setattr(genesis, name, lambda x: x / 2)
+    distorted, target = Genesis(tiny_encoder(), plain, None, 0.5, shuffle=1, intensity=1, paint=1).views(batch(4))
+    assert torch.allclose(distorted, (1 - target.flip(3)) / 2) and torch.equal(target, batch(4))
+
+
 def test_genesis_loss_and_what_it_is_compared_with():
     method = Genesis(tiny_encoder(), plain, unet.Decoder([8, 16, 32, 64], [4, 8, 16, 32], 1), 0.4).eval()
     distorted, target = batch(3), batch(3, seed=1)
@@ -91,17 +89,6 @@ def test_genesis_loss_and_what_it_is_compared_with():
     assert torch.allclose(out["chance"], (target - target.mean()).square().mean())          # an image's mean is hidden
     alike = torch.rand(1, 3, 1, 1).expand(4, 3, 8, 8)                       # each channel its own grey
     assert even_error(alike) < 1e-12 < even_error(torch.cat([alike, 1 - alike]))
-
-
-def test_curves_equal_those_evaluated_by_hand():
-    x = torch.linspace(0, 1, 501, dtype=torch.float64).view(1, 1, 1, -1).expand(4, -1, -1, -1)
-    thirds = torch.tensor([1 / 3, 2 / 3], dtype=torch.float64)              # with these x, the curve's x is t itself
-    heights = torch.tensor([[1 / 3, 2 / 3], [0, 0], [1, 1], [0, 0]], dtype=torch.float64)
-    controls = torch.stack([thirds.expand(4, 2), heights], 2)               # (4, 2 points, x and y)
-    y = curve_map(x, controls, torch.tensor([False, False, False, True]))
-    line = x[0]
-    expected = torch.stack([line, line ** 3, 1 - (1 - line) ** 3, (1 - line) ** 3])
-    assert (y - expected).abs().max() < 1e-5
 
 
 def test_any_curve_equals_a_plain_loop():
@@ -120,12 +107,12 @@ def test_any_curve_equals_a_plain_loop():
 def test_half_of_the_curves_fall_and_each_image_has_its_own():
     torch.manual_seed(3)
     line = torch.linspace(0, 1, 64).view(1, 1, 8, 8).repeat(600, 3, 1, 1)
-    y = bezier_map(line)
+    y = genesis.bezier_map(line)
     flat = y[:, 0].flatten(1)                                               # (600, 64)
     falls = flat[:, 0] > flat[:, -1]
     assert_share(falls, 0.5)
-    assert flat[:, [0, -1]].sort(1).values.equal(torch.tensor([0.0, 1.0]).repeat(600, 1))
-    assert (flat[~falls].diff(dim=1) >= 0).all()
+    assert torch.allclose(flat[:, [0, -1]].sort(1).values, torch.tensor([0.0, 1.0]), atol=1e-5)
+    assert (flat[~falls].diff(dim=1) >= -1e-5).all()
     assert torch.equal(y[:, 0], y[:, 1]) and len(flat.unique(dim=0)) == 600
 
 
@@ -151,7 +138,7 @@ def test_local_shuffle_moves_pixels_as_far_as_the_published_loop():
     """The last block over a pixel has width w with frequency w / (1 + ... + S); the value is from anywhere in it."""
     torch.manual_seed(5)
     images = ramp(300, 60)
-    moved = local_shuffle(images)
+    moved = genesis.local_shuffle(images)
     assert torch.equal(moved.flatten(2).sum(1).sort(1).values, images.flatten(2).sum(1).sort(1).values)
     assert differs(moved[1:], moved[:-1]).all()
     largest = 6
@@ -210,16 +197,19 @@ def test_up_to_five_boxes():
 
 # ---- the decoder, and the autoencoder --------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("stem,size", [("default", 64), ("default", 56), ("default", 60), ("default", 33),
-                                       ("nopool", 50), ("small", 30)])
+@pytest.mark.parametrize("stem,size", [("default", 64), ("default", 60), ("default", 33), ("nopool", 50),
+                                       ("small", 30)])
 @pytest.mark.parametrize("skips", [True, False])
 def test_decoder_sizes(stem, size, skips):
+    """What is larger than the image is cut at the far side: cell i looks at pixel i * stride."""
     encoder = tiny_encoder(2, stem)
     decoder = unet.Decoder(encoder.widths, encoder.strides, 2, skips=skips)
     full = math.ceil(size / encoder.strides[0]) * encoder.strides[0]
     images = batch(2, 2, 64)[..., :size, :size]
-    assert decoder(encoder.features(images)).shape == (2, 2, full, full)
-    assert Autoencoder(encoder, plain, decoder, (0.3, 0.6))(images)["restored"].shape == images.shape
+    raw = decoder(encoder.features(images))
+    assert raw.shape == (2, 2, full, full)
+    restored = Autoencoder(encoder, plain, decoder, (0.5, 0.5))(images)["restored"]
+    torch.testing.assert_close(restored, raw[:, :, :size, :size].sigmoid())
 
 
 @pytest.mark.parametrize("classes", [1, 7, 20])
@@ -227,19 +217,6 @@ def test_the_last_maps_are_enough_for_all_classes(classes):
     decoder = unet.Decoder([8, 16, 32, 64], [4, 8, 16, 32], classes)
     last = [stage.convs[0].out_channels for stage in decoder.last]
     assert len(last) == 2 and min(last) >= 2 * classes and decoder.out.in_channels == last[-1]
-
-
-def test_skip_connections_carry_the_fine_maps_and_can_be_left_out():
-    encoder = tiny_encoder()
-    maps = [m.detach().requires_grad_() for m in encoder.features(batch(2))]
-    for skips in (True, False):
-        decoder = unet.Decoder(encoder.widths, encoder.strides, 1, skips=skips)
-        out = decoder(maps)
-        grads = torch.autograd.grad(out.square().sum(), maps, allow_unused=True)
-        used = [g is not None and bool(g.abs().max() > 0) for g in grads]
-        assert used == [skips, skips, skips, True]
-        other = decoder([torch.randn_like(m) for m in maps[:-1]] + [maps[-1]])
-        assert torch.equal(out, other) != skips
 
 
 def test_autoencoder_restores_its_own_input():
@@ -265,17 +242,11 @@ def test_the_first_picture_has_the_mean_of_the_images(kind):
     assert kind(tiny_encoder(), plain, None, (0.0,)).level.isfinite().all()
 
 
-@pytest.mark.parametrize("kind", [Autoencoder, Genesis, PCRL])
-@pytest.mark.parametrize("wrong", [118, (0.4, -0.1), math.nan])
-def test_a_mean_of_other_images_than_from_0_to_1_is_refused(kind, wrong):
-    with pytest.raises(ValueError, match="mean=.*has to be from 0 to 1"):
-        kind(tiny_encoder(), plain, torch.nn.Identity(), wrong)
-
-
 def test_the_first_pictures_of_pcrl_have_the_mean_of_the_images():
-    method = pcrl_method()
-    torch.nn.init.zeros_(method.decoder.out.weight)
-    torch.nn.init.zeros_(method.decoder.out.bias)
+    """As train.py builds it."""
+    encoder = tiny_encoder()
+    encoder.mean = (0.4,)
+    method = config.build(METHODS, config.parts_of(METHODS, ["pcrl"], ["queue_size=20"]), encoder, 1, 64)
     views = method.views(batch(4))
     out = method(*views)
     assert torch.allclose(out["restored"], torch.full_like(out["restored"], 0.4))
@@ -332,19 +303,21 @@ def test_pcrl_views():
     assert order.sort().values.equal(torch.arange(1200))
 
 
-def test_pcrl_mixes_features_and_targets_with_one_weight():
-    """The third target is the mixture of the first two pictures by the alpha that mixes the features."""
+def test_pcrl_targets_are_its_views_before_painting_and_their_mixture():
+    """By the alpha that mixes the features."""
     pictures = iter((batch(4), batch(4, seed=1)))
-    *_, target, target_key, target_mix, codes, alpha, _ = pcrl_method(lambda images: next(pictures)).views(batch(4))
-    a, b, mixture = (undo(x, code) for x, code in zip((target, target_key, target_mix), codes.unbind(1)))
+    x1, x2, *targets, codes, alpha, _ = pcrl_method(lambda images: next(pictures), paint=0).views(batch(4))
+    a, b, mixture = (undo(x, code) for x, code in zip(targets, codes.unbind(1)))
     share = alpha.view(-1, 1, 1, 1)
+    assert torch.equal(a, x1) and torch.equal(b, x2) and (x1 - x2).abs().max() > 0.1
     torch.testing.assert_close(mixture, share * a + (1 - share) * b)
-    assert not torch.equal(a, b)
 
 
 def test_pcrl_terms_by_hand():
     method = pcrl_method().eval()
-    x1, x2, *targets = (batch(4, seed=seed) for seed in range(5))
+    for p in (*method.key_encoder.parameters(), *method.key_projector.parameters()):
+        p.mul_(1 + 0.5 * torch.rand_like(p))                                # no longer copies of the trained ones
+    x1, x2, *targets = (batch(4, seed=seed)[..., :62, :62] for seed in range(5))
     alpha = torch.tensor([0.5, 0.7, 0.9, 1.0])
     some = torch.stack([codes()[[1, 6, 11, 12]], codes()[[3, 2, 7, 0]], codes()[[5, 9, 15, 4]]], 1)     # (4, 3, 6)
     out = method(x1, x2, *targets, some, alpha, torch.tensor([2, 0, 3, 1]))
@@ -354,11 +327,11 @@ def test_pcrl_terms_by_hand():
     pictures = []
     for name, maps, target, code in zip(("", "_key", "_mix"), (new, old, mixed), targets, some.unbind(1)):
         gate = torch.sigmoid(method.control(code))[:, :, None, None]
-        pictures.append(0.4 + method.decoder(maps[:-1] + [maps[-1] * gate]))            # not squeezed into [0, 1]
+        pictures.append(0.4 + method.decoder(maps[:-1] + [maps[-1] * gate])[..., :62, :62])     # no sigmoid
         assert torch.allclose(out["restoration" + name], (pictures[-1] - target).square().mean(), atol=1e-6)
     pooled = [maps[-1].mean((2, 3)) for maps in (new, old, mixed)]
     q, k, m = (F.normalize(head(z), dim=1) for head, z in
-               zip((method.projector, method.key_projector, method.key_projector), pooled))
+               zip((method.projector, method.key_projector, method.projector), pooled))
     assert torch.allclose(out["keys"], k, atol=1e-6)                        # whatever the order they were encoded in
     assert torch.allclose(out["mixed"], m, atol=1e-6) and not out["mixed"].requires_grad
     for name, key in (("contrast", k), ("contrast_mix", m)):
@@ -381,13 +354,13 @@ def test_where_the_gradients_of_the_terms_go():
         method.zero_grad()
         method(*views)[term].backward()
         grads = {name: p.grad for name, p in method.named_parameters() if p.grad is not None}
-        parts = {name.split(".")[0] for name, grad in grads.items() if grad.abs().max() > 0}
+        parts = {name.split(".")[0] for name, grad in grads.items() if grad.abs().max() > 1e-5}
         assert parts == expected, term
 
 
 def test_every_bit_of_a_control_vector_has_an_effect_on_its_own_picture():
-    method = pcrl_method()
-    *views, codes, alpha, order = method.views(batch(3, size=32))
+    method = pcrl_method().double()
+    *views, codes, alpha, order = method.views(batch(3, size=32).double())
     one = method(*views, codes, alpha, order)
     terms = ("restoration", "restoration_key", "restoration_mix")
     for bit in range(6):
@@ -395,8 +368,8 @@ def test_every_bit_of_a_control_vector_has_an_effect_on_its_own_picture():
             turned = codes.clone()
             turned[::2, which, bit] = 1 - codes[::2, which, bit]
             other = method(*views, turned, alpha, order)
-            assert one[term] != other[term], (bit, term)
-            assert all(torch.equal(one[t], other[t]) for t in (*terms, "contrast", "contrast_mix") if t != term)
+            moved = {t: abs(one[t] - other[t]).item() for t in (*terms, "contrast", "contrast_mix")}
+            assert moved.pop(term) > 1e-5 and max(moved.values()) < 1e-9, (bit, term)
 
 
 def test_pcrl_queue_and_slow_copy():
@@ -416,34 +389,10 @@ def test_pcrl_queue_and_slow_copy():
             assert torch.allclose(new, old + 0.1, atol=1e-5)
 
 
-def test_genesis_and_pcrl_paint_alike():
-    for function in ("in_paint", "out_paint"):
-        torch.manual_seed(9)
-        ours = getattr(genesis, function)(batch(4))
-        torch.manual_seed(9)
-        assert torch.equal(ours, getattr(pcrl, function)(batch(4)))
-
-
-def test_pcrl_restores_each_view_as_it_was_before_painting():
-    torch.manual_seed(0)
-    x1, x2, target, target_key, _, code, _, _ = pcrl_method(augment.build("ct", 32), paint=0).views(batch(8))
-    assert torch.equal(undo(target, code[:, 0]), x1) and torch.equal(undo(target_key, code[:, 1]), x2)
-    assert not torch.equal(x1, x2)
-
-
 def test_pcrl_key_chunks_have_their_own_statistics():
-    method, x, order = pcrl_method(bn_chunks=2).train(), batch(17), torch.randperm(17)
+    method, x, order = pcrl_method(bn_chunks=2).train().double(), batch(17).double(), torch.randperm(17)
     chunk = order.tensor_split(2)[0]
     disturbed = x.clone()
     disturbed[chunk[:1]] = x[chunk[:1]].flip(3)
     moved = (method.encode_keys(x, order)[-1] - method.encode_keys(disturbed, order)[-1]).abs().amax((1, 2, 3)) > 1e-6
     assert sorted(moved.nonzero().flatten().tolist()) == sorted(chunk.tolist())
-
-
-def test_genesis_distortions_follow_each_other(monkeypatch):
-    monkeypatch.setattr(genesis, "local_shuffle", lambda x: x.flip(3))
-    monkeypatch.setattr(genesis, "bezier_map", lambda x: 1 - x)
-    for name in ("in_paint", "out_paint"):
-        monkeypatch.setattr(genesis, name, lambda x: x / 2)
-    distorted, target = Genesis(tiny_encoder(), plain, None, 0.5, shuffle=1, intensity=1, paint=1).views(batch(4))
-    assert torch.equal(distorted, (1 - target.flip(3)) / 2) and torch.equal(target, batch(4))
