@@ -224,10 +224,10 @@ def wrong_turn(w):
     for name, predictor in (("with predictor", True), ("without predictor", False)):
         method = methods[name] = w.method(SimSiam, hidden=512, dim=256, predictor=predictor)
         monitor = Monitor(method.encoder, replace(w.dataset, labels=None), w.learnt, CPU, config, draws=False)
-        looks[name] = [{"step": 0, **monitor.look(method)}]
+        looks[name] = [{"step": 0, **monitor.look(method, 0)}]
         for record in loop.fit(method, w.dataset, config, w.learnt):
             if monitor.due(record["step"]):
-                looks[name].append({**record, **monitor.look(method)})
+                looks[name].append({**record, **monitor.look(method, record["step"])})
     charts = []
     for key, title, y_label in (("loss", "Loss", "-1: the views agree"),
                                 ("spread", "Spread of the embedding", "about 1: healthy, 0: all alike")):

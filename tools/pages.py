@@ -70,7 +70,7 @@ def commands(folder):
             print(said)
             assert "kNN on validation images" in said and "views.png" in said
     left = {path.name for path in Path(folder).iterdir()}
-    wanted = {"runs", "results", "works", "cache", "look.png", "mine.npz",
+    wanted = {"runs", "results", "works", "look.png", "mine.npz",
               *(f"encoder{kind}.{ending}" for kind in ("", "-rgb") for ending in ("pt", "json"))}
     assert left == wanted, f"left beside what was named: {left ^ wanted}"
 
