@@ -13,9 +13,7 @@ argument of the method's constructor.
 
 import contextlib
 import copy
-import math
 import shlex
-import sys
 import time
 from pathlib import Path
 
@@ -26,11 +24,6 @@ from medssl import METHODS
 from medssl.common import augment, cli, config, data, encoders, files, loop, optim
 from medssl.common.errors import UserError
 from medssl.common.monitor import Monitor
-
-try:
-    import resource
-except ImportError:                                                         # on Windows
-    resource = None
 
 RUN = "checkpoint.pt"                                                       # what makes a folder a run
 
@@ -143,7 +136,7 @@ def train(method, monitor, dataset, rows, settings):
             logged += 1
             if logged == 2 and monitor.out:                                 # the first rate still holds the start
                 minutes = (settings.steps - step) * settings.batch / record["images_per_s"] / 60
-                bar.write(f"at this pace {spoken(minutes)} to go; {memory(monitor.device):.1f} GiB of memory in use")
+                bar.write(f"at this pace {spoken(minutes)} to go")
     return step, time.perf_counter() - started
 
 
@@ -154,16 +147,6 @@ def spoken(minutes):
     return f"{minutes:.0f} minutes" if minutes < 90 else f"{minutes / 60:.0f} hours"
 
 
-def memory(device):
-    """Peak memory in GiB: the GPU's where there is one, else the process's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    if resource is None:
-        return math.nan
-    unit = 2**30 if sys.platform == "darwin" else 2**20                     # bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
 def parse(argv):
     methods = ", ".join(name for name in METHODS if name != "together")
     parser = cli.Parser(prog="train.py", description=__doc__.split("\n")[0], epilog=f"methods: {methods}; a+b trains "
@@ -172,10 +155,8 @@ def parse(argv):
     add("--method", default="medmoco", help="which one, or several joined by + (default medmoco)")
     add("--data", type=cli.filled, default="phantoms", help="folder or file of images (default: phantoms, built in)")
     add("--label", type=cli.filled, default="label", help="column of split.csv that holds the label")
-    add("--deal", type=cli.whole, metavar="SEED",
-        help="deal the patients anew to train, val and test, from this seed: for cross-validation")
-    add("--preset", choices=("small", "paper"), default="small",
-        help="what holds where no flag says it: small (default) is for minutes on two CPU cores, paper is the RECIPE")
+    add("--deal", type=cli.whole, metavar="SEED", help="deal the patients anew, from this seed: for cross-validation")
+    add("--preset", choices=("small", "paper"), default="small", help="small (default): minutes on two CPU cores")
     add("--encoder", choices=encoders.ENCODERS, help="default: the preset's, as for all that is not given")
     add("--stem", choices=encoders.STEMS,
         help="first layers: default (total stride 32), nopool (16), small (8; below 40 pixels)")

@@ -442,6 +442,13 @@ def family():
     return draw_pairs(seen, views, looks)
 
 
+def few_colours(path, colours):
+    """The same picture in so many colours: a third of the bytes, for pages that are kept."""
+    with Image.open(path) as picture:
+        few = picture.convert("RGB").quantize(colours, dither=Image.Dither.NONE)
+    pictures.save(few, path, optimize=True)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("method", nargs="?", help=f"a method, or several joined by +; family: {', '.join(FAMILY)} "
@@ -458,7 +465,7 @@ def main(argv=None):
             dataset, networks = networks_of(args.run or trained(name, args.data or "phantoms"), name, args.data)
             image = portrait(networks, name, dataset, some_rows(dataset))
         pictures.save(image.reduce(2), path)
-        pictures.few_colours(path, 80)
+        few_colours(path, 80)
         print(path)
 
 

@@ -90,7 +90,7 @@ def walk(w):
     wrong_turn(w)
     labels(w, networks, known)
     for path in w.folder.glob("*.png"):
-        pictures.few_colours(path, 100)
+        portraits.few_colours(path, 100)
 
 
 # ---- images and views

@@ -386,11 +386,9 @@ def test_scores_by_patient_by_hand():
 
 
 def test_what_a_gain_is_worth():
-    """The probability against a naive loop over draws, and seeds counted."""
     drawn = np.random.default_rng(0).normal(0.02, 0.02, 1000)
     found = scores.gain([0.03, 0.02, -0.01], drawn, 50)
-    assert found.not_positive == sum(1 for value in drawn if not value > 0) / 1000
-    assert found.mean == pytest.approx(0.04 / 3) and (found.seeds_above, found.seeds) == (2, 3) and not found.settled
+    assert found.mean == pytest.approx(0.04 / 3) and found.seeds == 3 and not found.settled
     assert scores.gain([0.1, 0.1, 0.1], np.full(10, 0.1) + np.arange(10) / 1e4, 50).settled
     assert not scores.gain([0.1, 0.1], np.full(10, np.nan), 1).settled
 
@@ -422,16 +420,13 @@ def test_neighbours_are_so_few_that_a_small_class_can_win(monkeypatch):
     for neighbours, notes in ((20, [note]), (4, [])):
         args = evaluate.parse(["--neighbours", str(neighbours)])
         study = Study(args, None, torch.device("cpu"), [], np.arange(35), targets={"labels": target},
-                      kept={("random", None): (torch.ones(35, 3), "")})
+                      kept={"random": (torch.ones(35, 3), "")})
         tasks.run(study, tasks.Cell("knn", "1.0"), Model("random", "tiny", "default"), 0)
         assert study.notes == notes
     assert asked == [5, 4]
 
 
-def test_a_class_that_is_never_predicted_is_named():
-    counts = np.array([[[5, 0, 0], [9, 0, 1], [5, 4, 0]]])                  # class 2 is not there
-    assert scores.PIXELS.never_predicted(counts).tolist() == [False, True, False]
-    assert scores.SHARES.never_predicted(np.eye(3)[[0, 0, 2]]).tolist() == [False, True, False]
+
 
 
 def test_a_small_class_is_not_drowned(monkeypatch):

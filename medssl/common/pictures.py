@@ -51,13 +51,6 @@ def save(image, path, **words):
         image.save(temporary, format="PNG", **words)
 
 
-def few_colours(path, colours=200):
-    """The same picture in so many colours: a third of the bytes, for pages that are kept."""
-    with Image.open(path) as picture:
-        few = picture.convert("RGB").quantize(colours, dither=Image.Dither.NONE)
-    save(few, path, optimize=True)
-
-
 # ---- charts
 
 @dataclass

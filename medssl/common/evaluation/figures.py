@@ -13,8 +13,7 @@ from .tasks import TASKS, WORDS
 # Series: the axis' words, and where a summary lies on it.
 AXES = {"labels": ("training images with labels (log scale)", lambda s: s.train["train_images"]),
         "imbalance": ("images of each other class for one of the rare class (log scale)", lambda s: s.cell.imbalance),
-        "augment": ("strength of augmentation, S0 to S6", lambda s: int((s.cell.augment or "S0")[1:])),
-        "stage": ("stage of the network", lambda s: s.cell.stage or 0)}
+        "augment": ("strength of augmentation, S0 to S6", lambda s: int((s.cell.augment or "S0")[1:]))}
 
 
 def draw(study, records, summaries):
@@ -32,8 +31,6 @@ def draw(study, records, summaries):
         for axis in AXES:
             if len({getattr(s.cell, axis) for s in own}) > 1:
                 draw_series(study, own, axis, path(f"{axis}-{task}"))
-        if sum(m.step is not None for m in study.models) > 1:
-            draw_steps(study, own, path(f"steps-{task}"))
     for task in dict.fromkeys(r.cell.task for r in records):
         start = next(r for r in records if r.cell.task == task)
         draw_fits(study, [r for r in records if r.cell == start.cell], path)
@@ -119,20 +116,6 @@ def draw_series(study, summaries, axis, path):
         series = {name: (xs, [s.mean(rare) for s in own]) for name, (xs, own) in lines.items()}
         charts.append(pictures.Chart(series, "the class that is made rare", y_label=rare, **shared))
     pictures.panels(charts, path, size=(760, 460))
-
-
-def draw_steps(study, summaries, path):
-    """Score against the step of pretraining, a line per run that several checkpoints were given of, and the random
-    models as levels."""
-    start, runs = summaries[0], {}
-    own = {s.model: band(s) for s in summaries if s.cell == start.cell}
-    for m in sorted((m for m in study.models if m.step is not None and m.name in own), key=lambda m: m.step):
-        runs.setdefault(m.name.split("@")[0], []).append((m.step, *own[m.name]))
-    random = {m.name: own[m.name][0] for m in study.models if m.random and m.name in own}
-    pictures.curves({name: tuple(zip(*points))[:2] for name, points in runs.items()}, path,
-                    f"{title_of(study, start)}; {band_words(start.seeds)}", "steps of pretraining",
-                    WORDS.get(start.main, start.main), horizontal=random | levels(study, start.cell.task),
-                    bands={name: tuple(zip(*points))[2:] for name, points in runs.items()})
 
 
 def draw_convergence(study, records, path):

@@ -10,7 +10,7 @@ import csv
 import itertools
 import math
 import platform
-from collections import Counter, namedtuple
+from collections import namedtuple
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -33,7 +33,6 @@ class Summary:
     train: dict                                 # train_images, train_patients: mean over seeds; empty where none is
     scores: dict                                # name: {"mean", "spread"}
     interval: dict                              # name: [low, high], for the drawn scores
-    never_predicted: dict                       # class: in how many fits
 
     @property
     def main(self):
@@ -98,16 +97,11 @@ def summarise_cell(study, records):
 
 
 def summary_of(study, name, fits, interval):
-    cell, task = fits[0].cell, TASKS[fits[0].cell.task]
     train = {key: float(np.mean([getattr(r, key) for r in fits])) for key in ("train_images", "train_patients")
              if getattr(fits[0], key) is not None}
     values = {key: np.array([r.scored.scores[key] for r in fits]) for key in fits[0].scored.scores}
-    dead = Counter()
-    if task.answers and task.answers.never_predicted:
-        classes = study.targets[task.target].classes
-        dead = Counter(c for r in fits for c, never in zip(classes, task.answers.never_predicted(r.answers)) if never)
-    return Summary(cell, name, len(fits), train, {key: mean_and_spread(v) for key, v in values.items()},
-                   {head: list(ends) for head, ends in interval.items()}, dict(dead))
+    return Summary(fits[0].cell, name, len(fits), train, {key: mean_and_spread(v) for key, v in values.items()},
+                   {head: list(ends) for head, ends in interval.items()})
 
 
 def mean_and_spread(values):
@@ -116,8 +110,7 @@ def mean_and_spread(values):
 
 
 def describe(cell):
-    words = [cell.labels and f"labels {cell.labels}", cell.imbalance and f"imbalance {cell.imbalance:g}", cell.augment,
-             cell.stage and f"stage {cell.stage}"]
+    words = [cell.labels and f"labels {cell.labels}", cell.imbalance and f"imbalance {cell.imbalance:g}", cell.augment]
     return ", ".join(filter(None, words))
 
 
@@ -131,37 +124,30 @@ def chance_of(study, task):
 
 def say(study, cells):
     """What is about to be done, task by task, with numbers of images and patients."""
-    dataset, args, shown = study.dataset, study.args, set()
-    print(f"{dataset.name}: images {by(dataset.images.shape[1:])}; {len(study.models)} models on {study.device}, "
-          f"seeds: {args.seeds}")
+    args = study.args
+    print(f"{study.dataset.name}: images {by(study.dataset.images.shape[1:])}; {len(study.models)} models on "
+          f"{study.device}, seeds: {args.seeds}")
     for name in dict.fromkeys(cell.task for cell in cells):
         task = TASKS[name]
-        words = f"{name}: {'encoder frozen, in evaluation mode; ' * task.frozen}{task.words}"
-        if not task.target:
-            print(f"{words}; {len(study.watched())} images")
-            continue
-        target = study.targets[task.target]
-        val, test = (count(study, target.rows[split]) for split in ("val", "test"))
-        chosen = "rate and " * (task.trains and len(args.lr) > 1) + (task.chosen or "")
-        choice = f"{chosen} chosen on validation: {val}" if chosen else "nothing is chosen"
-        print(f"{words}{length(args, name, target)}; {choice}; scored once on test: {test}")
-        for cell in (cell._replace(augment=None, stage=None) for cell in cells if cell.task == name):
-            if (task.target, cell[1:]) not in shown:
-                shown.add((task.target, cell[1:]))
-                say_training(study, target, cell)
+        words = [f"{name}: {'encoder frozen; ' * task.frozen}{task.words}"]
+        if task.trains:
+            per_epoch, steps, frozen = schedule(args, name, study.targets[task.target])
+            words.append(f"{steps} steps of {args.batch} ({steps / per_epoch:.3g} epochs)"
+                         + f", in the first {frozen} the encoder is frozen" * (0 < frozen < steps))
+        if task.chosen:
+            chosen = "rate and " * (task.trains and len(args.lr) > 1) + task.chosen
+            words.append(f"{chosen} chosen on validation: {count(study, study.targets[task.target].rows['val'])}")
+        if task.target:
+            words.append(f"scored once on test: {count(study, study.targets[task.target].rows['test'])}")
+        print("; ".join(words))
+    learning = dict.fromkeys(cell._replace(augment=None) for cell in cells if TASKS[cell.task].target)
+    for cell in {(TASKS[cell.task].target, cell[1:]): cell for cell in learning}.values():
+        say_training(study, cell)
 
 
-def length(args, name, target):
-    if not TASKS[name].trains:
-        return ""
-    per_epoch, steps, frozen = schedule(args, name, target)
-    first = f", in the first {frozen} the encoder is frozen" * (0 < frozen < steps)
-    return f" for {steps} steps of {args.batch} ({steps / per_epoch:.3g} epochs){first}"
-
-
-def say_training(study, target, cell):
+def say_training(study, cell):
     """The images that a cell learns from, and which classes are not among them."""
-    seeds = range(study.args.seeds)
+    target, seeds = study.targets[TASKS[cell.task].target], range(study.args.seeds)
     each = [training_rows(study, cell, seed) for seed in seeds]
     print(f"    {describe(cell)}: training on {count(study, each[0])}{' (first seed)' * (len(seeds) > 1)}")
     lost = [c for i, c in enumerate(target.classes) if TASKS[cell.task].target == "labels"
@@ -267,9 +253,6 @@ def print_table(study, summaries, differences):
     print(f"\n{heading(study, task, summaries)}")
     for line in lines:
         print("  " + "  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip())
-    for s in (s for s in summaries if s.never_predicted):
-        dead = ", ".join(f"{name} ({fits} of {s.seeds} fits)" for name, fits in s.never_predicted.items())
-        print(f"  never predicted by {s.model}, {describe(s.cell)}: {dead}")
 
 
 def columns_of(study, summaries):

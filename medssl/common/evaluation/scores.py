@@ -54,7 +54,6 @@ class Answers:
     words: str                                  # what they are, and their shape
     blank: Callable                             # target -> answers of this shape that know nothing
     score: Callable                             # (answers, target) -> Scored
-    never_predicted: Callable | None = None     # answers -> (K,) classes that none of them names, where they name any
 
 
 # ---- classes
@@ -99,7 +98,7 @@ def even_chance(target):
 
 SHARES = Answers("class shares (images, classes)",
                  lambda target: np.full((len(target.test), len(target.classes)), 1 / len(target.classes)),
-                 score_shares, lambda shares: np.bincount(shares.argmax(1), minlength=shares.shape[1]) == 0)
+                 score_shares)
 
 
 # ---- masks
@@ -141,8 +140,7 @@ def slice_dice(counts):
 
 PIXELS = Answers("pixels of each class (images, 3, classes)",
                  lambda target: np.ones((len(target.test), 3, len(target.classes)), np.int64),
-                 lambda counts, target: mask_scores(counts, target.classes, target.test_groups),
-                 lambda counts: (counts[:, 1].sum(0) == 0) & (counts[:, 2].sum(0) > 0))
+                 lambda counts, target: mask_scores(counts, target.classes, target.test_groups))
 
 
 # ---- differences
@@ -153,8 +151,6 @@ class Gain:
     mean: float
     interval: list                              # 95 %, the test patients drawn anew
     half_width_over_seeds: float                # of the 95 % t interval
-    not_positive: float                         # share of the draws in which the difference is not above 0
-    seeds_above: int                            # in so many seeds it is above 0
     seeds: int
     settled: bool                               # larger than what the draws of patients and seeds make of nothing
 
@@ -168,12 +164,11 @@ def gain(by_seed, draws, patients):
     nothing of a lucky seed; so one seed settles nothing."""
     by_seed, draws = np.asarray(by_seed, float), draws[~np.isnan(draws)]
     mean, over_seeds = metrics.mean_interval(by_seed)
-    counts = {"seeds_above": int((by_seed > 0).sum()), "seeds": len(by_seed)}
     if len(draws) < 2 or patients < 2:
-        return Gain(mean, [math.nan] * 2, over_seeds, math.nan, **counts, settled=False)
+        return Gain(mean, [math.nan] * 2, over_seeds, len(by_seed), settled=False)
     deviation = draws.std() * math.sqrt(patients / (patients - 1))          # draws vary by n - 1 in n too little
     over_patients = metrics.t_quantile(patients - 1) * deviation
-    return Gain(mean, np.percentile(draws, [2.5, 97.5]).tolist(), over_seeds, float((draws <= 0).mean()), **counts,
+    return Gain(mean, np.percentile(draws, [2.5, 97.5]).tolist(), over_seeds, len(by_seed),
                 settled=bool(abs(mean) > math.hypot(over_patients, over_seeds)))
 
 
