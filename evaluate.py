@@ -95,7 +95,7 @@ def cells_of(args, name):
 
 def fit_all(study, cells):
     """The records, and whether Ctrl-C came before the last. What is finished already is read, not done again."""
-    jobs = [(seed, model, cell) for seed in range(study.args.seeds) for model in study.models for cell in cells
+    jobs = [(seed, model, cell) for seed in study.seeds for model in study.models for cell in cells
             if tasks.applies(cell, model)]
     for model in study.models:
         out = [cell.task for cell in cells if not (model.random or tasks.applies(cell, model))]

@@ -387,6 +387,7 @@ def test_cross_validation(home, capsys):
         splits.append(own.dataset.splits.tolist())
         assert all(len(set(splits[-1][i:i + 4])) == 1 for i in range(0, 96, 4))
     assert splits[1] == splits[3] and len(set(map(tuple, splits))) == 3
+    assert own.seeds[0] == 4000                                             # another random network for each deal
     said = capsys.readouterr().out
     assert "dealt anew to train, val and test (70, 10, 20 %), from seed 5" in said and "with other splits" in said
 

@@ -18,6 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 
 import byol_segmentation  # noqa: E402
 import commands  # noqa: E402
+import does_it_help  # noqa: E402
+import every_method  # noqa: E402
 import medmoco  # noqa: E402
 import over_seeds  # noqa: E402
 import pretext  # noqa: E402
@@ -81,7 +83,7 @@ def test_a_work_in_little(tmp_path, monkeypatch, capsys):
 
 def test_every_work_lists_commands_that_parse(capsys):
     """Each script's flags are flags of train.py and evaluate.py, and methods that are there."""
-    for work in (pretext, small_sets, byol_segmentation, spark_contrastive, medmoco):
+    for work in (pretext, small_sets, byol_segmentation, spark_contrastive, medmoco, does_it_help, every_method):
         for each in (work.EVALUATE, getattr(work, "MASKS", {})):
             commands.main(work.__doc__, work.PRETRAIN, each, argv=["--data", "X", "--out", "O", "--list", "--generic",
                                                                     "G.pth", "--seeds", "1"])

@@ -34,7 +34,7 @@ def draw(study, records, summaries):
     for task in dict.fromkeys(r.cell.task for r in records):
         start = next(r for r in records if r.cell.task == task)
         draw_fits(study, [r for r in records if r.cell == start.cell], path)
-    spectra = {r.model: r.spectrum for r in records if r.spectrum is not None and r.seed == 0}
+    spectra = {r.model: r.spectrum for r in records if r.spectrum is not None and r.seed == study.seeds[0]}
     if spectra:
         pictures.spectrum_chart(spectra, path("spectrum"))
     return names

@@ -147,9 +147,9 @@ def say(study, cells):
 
 def say_training(study, cell):
     """The images that a cell learns from, and which classes are not among them."""
-    target, seeds = study.targets[TASKS[cell.task].target], range(study.args.seeds)
-    each = [training_rows(study, cell, seed) for seed in seeds]
-    print(f"    {describe(cell)}: training on {count(study, each[0])}{' (first seed)' * (len(seeds) > 1)}")
+    target = study.targets[TASKS[cell.task].target]
+    each = [training_rows(study, cell, seed) for seed in study.seeds]
+    print(f"    {describe(cell)}: training on {count(study, each[0])}{' (first seed)' * (len(each) > 1)}")
     lost = [c for i, c in enumerate(target.classes) if TASKS[cell.task].target == "labels"
             and any(i not in target.values[rows] for rows in each)]
     if lost:

@@ -75,6 +75,13 @@ class Study:
     notes: list = field(default_factory=list)                               # one line each, said once
     kept: dict = field(default_factory=dict)    # features and hash, by model
 
+    @property
+    def seeds(self):
+        """Of subsets, heads, order and random networks. Each deal has others, so that an interval over deals holds what
+        they draw, too."""
+        first = 1000 * (self.args.deal or 0)
+        return range(first, first + self.args.seeds)
+
     def note(self, line):
         if line not in self.notes:
             self.notes.append(line)

@@ -133,7 +133,7 @@ def answered(fit, predict, **facts):
     if task.target == "masks":
         masks, answers = answers, scores.pixel_counts(answers, fit.values[test], fit.classes)       # (N, 3, K)
         order = np.argsort(dice := scores.slice_dice(answers))[:np.isfinite(dice).sum()]            # nan comes last
-        if len(order) and fit.seed == 0:
+        if len(order) and fit.seed == fit.study.seeds[0]:
             chosen = order[[-1, len(order) // 2, 0]]
             facts |= {"examples": chosen, "masks": masks[chosen]}
     if answers.shape != (wanted := task.answers.blank(fit.target).shape):
