@@ -89,7 +89,7 @@ def cells_of(args, name):
     if not task.target:
         return [Cell(name)]
     axes = (args.labels, args.imbalance if task.target == "labels" else [None],
-            args.augment if task.trains else [None])
+            args.augment if task.trains else [None], args.stage if task.staged else [None])
     return [Cell(name, *each) for each in itertools.product(*axes)]
 
 
@@ -161,6 +161,8 @@ def add_flags(add):
     add("--deal", type=cli.whole, metavar="SEED", help="deal the patients anew to train, val and "
         "test, from this seed: for cross-validation (default: as the first run)")
     add("--task", nargs="*", choices=TASKS, help="default: knn linear with labels, segment with masks, collapse always")
+    add("--stage", nargs="+", type=int, choices=(1, 2, 3, 4), default=[None],
+        help="knn and linear of this stage's pooled map")
     add("--labels", nargs="+", type=amount, default=["1.0"],
         help="shares of the training images (whole patients), or numbers of images such as 7n")
     add("--imbalance", nargs="+", type=one_or_more, default=[None], metavar="RATIO",

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from medssl.common import pictures  # noqa: E402
 from medssl.common.evaluation.tasks import TASKS, WORDS  # noqa: E402
 
-CELL = "task", "labels", "imbalance", "augment"
+CELL = "task", "labels", "imbalance", "augment", "stage"
 
 
 def main(argv=None):
@@ -88,8 +88,8 @@ def show(lines, count, over):
 
 
 def words(cell):
-    task, labels, imbalance, augment, metric = cell
-    more = [labels and f"labels {labels}", imbalance and f"imbalance {imbalance}", augment]
+    task, labels, imbalance, augment, stage, metric = cell
+    more = [labels and f"labels {labels}", imbalance and f"imbalance {imbalance}", augment, stage and f"stage {stage}"]
     return ", ".join([f"{task} {WORDS.get(metric, metric)}", *filter(None, more)])
 
 

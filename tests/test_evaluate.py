@@ -298,8 +298,8 @@ def test_series(home, capsys, monkeypatch):
         Path("many").mkdir(exist_ok=True)
         (Path("many") / f"encoder-{step}.pt").write_bytes((home / "run/encoder.pt").read_bytes())
     Path("many/config.json").write_bytes((home / "run/config.json").read_bytes())
-    run("many/encoder-10.pt", "many/encoder-9.pt", "--task", "linear", "finetune", "--imbalance", "1", "8",
-        "--augment", "S0", "S6", "--resample", "--freeze", "0.4", "--loss", "balanced", "--all-columns",
+    run("many/encoder-10.pt", "many/encoder-9.pt", "--task", "linear", "finetune", "--imbalance", "1", "8", "--stage",
+        "2", "--augment", "S0", "S6", "--resample", "--freeze", "0.4", "--loss", "balanced", "--all-columns",
         "--head-lr", "0.1", "--optimizer", "lars", "--lr", "0.02", "--weight-decay", "0.2", "--out", "out", "--steps",
         "3", "--batch", "16", "--seeds", "1", *CPU)
     assert [m["name"] for m in results("out", "models")] == ["random", "random, normalised", "many@9", "many@10"]
@@ -538,8 +538,16 @@ def test_a_task_whose_answers_have_another_shape(home, monkeypatch, capsys):
         assert not list(Path().glob("other/results.*"))
 
 
-def test_patients_are_scored(home, capsys):
+def test_stages_and_patients(home, capsys):
+    """The pooled map of stage 4 is the encoder's own feature; with --per patient, patients are scored."""
+    run(home / "run", "--task", "knn", "linear", "grade", "--stage", "1", "4", "--out", "out", *ONCE)
+    run(home / "run", "--task", "knn", "linear", "--out", "plain", *ONCE)
     run(home / "run", "--task", "knn", "--label", "own", "--per", "patient", "--out", "patients", *ONCE)
+    own, plain = ({(c["task"], c["stage"], c["model"]): {name: score["mean"] for name, score in c["scores"].items()}
+                   for c in results(name)} for name in ("out", "plain"))
+    for task, _, model in plain:
+        assert own[task, 4, model] == pytest.approx(plain[task, None, model], abs=1e-4, nan_ok=True)
+    assert own["knn", 1, "run"] != own["knn", 4, "run"] and ("grade", None, "random, normalised") not in own
     accuracies = [6 * c["scores"]["accuracy"]["mean"] for c in results("patients")]         # of six test patients
     assert accuracies == pytest.approx(np.round(accuracies), abs=1e-4) and "by patient" in capsys.readouterr().out
 

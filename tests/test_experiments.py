@@ -35,7 +35,7 @@ def write(path, scores):
         for row, score in scores.items():
             for seed in (0, 1):
                 for metric, value in (("balanced_accuracy", score + 0.02 * seed - 0.01), ("auc", 0.9)):
-                    lines.writerow([row, "knn", "1.0", "", "", seed, 10, 5, metric, value])
+                    lines.writerow([row, "knn", "1.0", "", "", "", seed, 10, 5, metric, value])
 
 
 def test_over_seeds_by_hand(tmp_path, capsys):

@@ -17,11 +17,12 @@ def in_batches(ask, images, rows, device, size=256):
     return torch.cat(parts)
 
 
-def extract(encoder, images, rows, device, size=256):
-    """Pooled features (N, D) of dataset rows, the encoder in evaluation mode and left as it was found."""
+def extract(encoder, images, rows, device, ask=None, size=256):
+    """Pooled features (N, D) of dataset rows, the encoder in evaluation mode and left as it was found. ask(x) -> (B,
+    D): what is asked of it, where that is something else than encoder(x)."""
     training = encoder.training
     encoder.eval()
-    features = in_batches(encoder, images, rows, device, size)
+    features = in_batches(ask or encoder, images, rows, device, size)
     encoder.train(training)
     return features
 

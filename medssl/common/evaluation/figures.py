@@ -13,7 +13,8 @@ from .tasks import TASKS, WORDS
 # Series: the axis' words, and where a summary lies on it.
 AXES = {"labels": ("training images with labels (log scale)", lambda s: s.train["train_images"]),
         "imbalance": ("images of each other class for one of the rare class (log scale)", lambda s: s.cell.imbalance),
-        "augment": ("strength of augmentation, S0 to S6", lambda s: int((s.cell.augment or "S0")[1:]))}
+        "augment": ("strength of augmentation, S0 to S6", lambda s: int((s.cell.augment or "S0")[1:])),
+        "stage": ("stage of the network", lambda s: s.cell.stage or 0)}
 
 
 def draw(study, records, summaries):

@@ -110,7 +110,8 @@ def mean_and_spread(values):
 
 
 def describe(cell):
-    words = [cell.labels and f"labels {cell.labels}", cell.imbalance and f"imbalance {cell.imbalance:g}", cell.augment]
+    words = [cell.labels and f"labels {cell.labels}", cell.imbalance and f"imbalance {cell.imbalance:g}", cell.augment,
+             cell.stage and f"stage {cell.stage}"]
     return ", ".join(filter(None, words))
 
 
@@ -140,7 +141,7 @@ def say(study, cells):
         if task.target:
             words.append(f"scored once on test: {count(study, study.targets[task.target].rows['test'])}")
         print("; ".join(words))
-    learning = dict.fromkeys(cell._replace(augment=None) for cell in cells if TASKS[cell.task].target)
+    learning = dict.fromkeys(cell._replace(augment=None, stage=None) for cell in cells if TASKS[cell.task].target)
     for cell in {(TASKS[cell.task].target, cell[1:]): cell for cell in learning}.values():
         say_training(study, cell)
 

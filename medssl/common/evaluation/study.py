@@ -29,7 +29,7 @@ from .readouts import fingerprint
 UNLEARNED = "thumbnails", "statistics"
 
 # One entry of the series that are run; None where a task has no such choice.
-Cell = namedtuple("Cell", "task labels imbalance augment", defaults=[None] * 3)
+Cell = namedtuple("Cell", "task labels imbalance augment stage", defaults=[None] * 4)
 
 
 @dataclass
@@ -73,7 +73,7 @@ class Study:
     out: Path | None = None                     # folder of the results
     targets: dict = field(default_factory=dict)                             # "labels", "masks": Target
     notes: list = field(default_factory=list)                               # one line each, said once
-    kept: dict = field(default_factory=dict)    # features and hash, by model
+    kept: dict = field(default_factory=dict)    # features and hash, by model and stage
 
     @property
     def seeds(self):
@@ -104,23 +104,24 @@ class Study:
         rows = rows if len(rows) else np.arange(len(self.dataset))
         return np.random.default_rng(0).permutation(rows)[:1000]
 
-    def features(self, model, seed):
+    def features(self, model, seed, stage=None):
         """Features (N, D) of all images that read-outs ask for, and the encoder's hash, which extraction must not
-        change."""
+        change. stage: of that stage's map, pooled, from 1."""
         if not model.encoder:
             return model.features, None
-        if model.name not in self.kept:
+        if (model.name, stage) not in self.kept:
             network = model.fresh(self, seed)
             before = fingerprint(network)
             asked = [self.watched(), *(self.targets["labels"].rows.values() if "labels" in self.targets else [])]
             rows = np.unique(np.concatenate(asked))
-            some = extract(network, self.dataset.images, rows, self.device)
+            ask = None if stage is None else lambda x: network.features(x)[stage - 1].mean((2, 3))          # (B, width)
+            some = extract(network, self.dataset.images, rows, self.device, ask)
             own = torch.zeros(len(self.dataset), some.shape[1])
             own[rows] = some                                                # (N, D)
             if model.features is not None:
                 own = joined([own, model.features], np.intersect1d(rows, self.learnt_from()))
-            self.kept[model.name] = own, unchanged(before, network)
-        return self.kept[model.name]
+            self.kept[model.name, stage] = own, unchanged(before, network)
+        return self.kept[model.name, stage]
 
     def path_of(self, cell, model, seed):
         """Where a fit is kept."""
@@ -129,9 +130,9 @@ class Study:
 
     def forget_random(self):
         """Before the next seed: its random networks are others."""
-        for model in self.models:
-            if model.random:
-                self.kept.pop(model.name, None)
+        for model, stage in list(self.kept):
+            if next(m for m in self.models if m.name == model).random:
+                del self.kept[model, stage]
 
 
 def unchanged(before, network):

@@ -102,7 +102,7 @@ def applies(cell, model):
     statistics at the start make no difference, so that one random model is enough."""
     task = TASKS[cell.task]
     if not model.encoder:
-        return task.needs == "features"
+        return task.needs == "features" and cell.stage is None
     if model.unlearned:                                                     # joined to what the network says
         return task.needs == "features" and task.target == "labels"
     return task.frozen or not model.normalised
@@ -145,7 +145,7 @@ def answered(fit, predict, **facts):
 # ---- frozen features
 
 def by_neighbours(fit):
-    features, frozen = fit.study.features(fit.model, fit.seed)
+    features, frozen = fit.study.features(fit.model, fit.seed, fit.cell.stage)
     smallest = min(np.unique(fit.values[fit.rows], return_counts=True)[1])
     k = min(fit.args.neighbours, 2 * smallest - 1)                          # else the smallest class could never win
     if k < fit.args.neighbours:
@@ -158,7 +158,7 @@ def by_neighbours(fit):
 
 
 def by_linear_probe(fit):
-    features, frozen = fit.study.features(fit.model, fit.seed)
+    features, frozen = fit.study.features(fit.model, fit.seed, fit.cell.stage)
     weights = fit.class_weights(fit.args.loss == "balanced" or fit.args.resample)
     predict, chosen = readouts.linear_probe(features, fit.values, fit.rows, fit.target.rows["val"], fit.classes,
                                             weights)
@@ -311,6 +311,7 @@ class Task:
     chance: Callable[[Target], float] | None = None                         # the first column's value of a guess
     chosen: str | None = None                   # what is chosen on validation
     trains: bool = False                        # by the loop: there is augmentation, and a curve
+    staged: bool = False                        # whether it can be asked of one stage's map
     default: bool = False                       # done where --task is not given and the set allows it
 
 
@@ -326,10 +327,10 @@ TRAINED = {"needs": "network", "chosen": "epoch", "trains": True}
 TASKS = {
     "knn": Task(
         "kNN", "vote of the nearest training images by cosine", by_neighbours, CLASSES,
-        needs="features", frozen=True, default=True, **LABELS),
+        needs="features", frozen=True, staged=True, default=True, **LABELS),
     "linear": Task(
         "linear probe", "logistic regression on standardised features", by_linear_probe, CLASSES,
-        needs="features", frozen=True, chosen="L2", default=True, **LABELS),
+        needs="features", frozen=True, chosen="L2", staged=True, default=True, **LABELS),
     "finetune": Task(
         "fine-tuning", "one linear layer on the encoder, all of it trained", by_classifier, (*CLASSES, *SPEED),
         frozen=False, **LABELS, **TRAINED),
