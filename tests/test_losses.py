@@ -418,7 +418,7 @@ def test_swav_prototypes_are_frozen_as_told_and_stay_unit():
     torch.manual_seed(0)
     method = copy.deepcopy(on_embeddings(SwAV, 4, prototypes=5, freeze=2))  # copies freeze as well
     optimizer = torch.optim.Adam([method.prototypes], lr=0.05, weight_decay=0.1)        # its decay turns the rows
-    start, moved = method.prototypes.detach().clone(), []
+    start, moved, pulled = method.prototypes.detach().clone(), [], []
     for step in range(4):
         optimizer.zero_grad()
         outs = method(rows(6, 4, seed=step).float(), rows(6, 4, seed=9 + step).float())
@@ -427,7 +427,8 @@ def test_swav_prototypes_are_frozen_as_told_and_stay_unit():
         method.after_step([outs], (step + 1) / 4)
         torch.testing.assert_close(method.prototypes.norm(dim=1), torch.ones(5))
         moved.append((method.prototypes - start).abs().max().item() > 1e-3)
-    assert moved == [False, False, True, True]
+        pulled.append(method.prototypes.grad.abs().max().item() > 1e-6)
+    assert moved == pulled == [False, False, True, True]
     torch.testing.assert_close(on_embeddings(SwAV, 4).prototypes.norm(dim=1), torch.ones(500))
 
 
