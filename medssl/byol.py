@@ -57,7 +57,7 @@ RECIPE = {                       # Zhang et al. 2023, their settings for 2D imag
 }
 
 SMALL = {                        # 300 steps on phantoms, three seeds, kNN on validation patients
-    "momentum": 0.99,            # .439; with 0.9 .373, with 0.996 .429 (RESULTS)
+    "momentum": 0.99,            # .439; with 0.9 .373, with 0.996 .429 (presets.md)
 }
 
 

@@ -52,7 +52,7 @@ RECIPE = {                       # Zhang et al. 2023, the released settings for 
 
 SMALL = {
     "views": "mild",             # phantoms, 300 steps, one seed: validation kNN .340, with "plain" .292
-    "gap": 0.2,                  # RESULTS: on noise, where nothing but edges can help, accuracy .947 without gap and
+    "gap": 0.2,                  # presets.md: on noise, where nothing but edges can help, accuracy .947 without gap and
     "jitter": 0.1,               # jitter, .192 with these (20 orders, chance .05)
     "width": 64,                 # a guess: the study's heads in 3D; RECIPE's have 19 M weights, the tiny encoder 0.7 M
     "hidden": 1024,

@@ -66,7 +66,7 @@ RECIPE = {                       # Wolf et al. 2023, the released code and its c
     "size": 224,
 }
 
-SMALL = {                        # RESULTS, phantoms: kNN .631 ± .063 with these words
+SMALL = {
     "steps": 2000,               # after 800: .481 ± .138
     "views": "contrastive",
     "queue_size": 128,           # 512 rows on 1,180 images: two in five meet an old key of their own

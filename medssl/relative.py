@@ -54,7 +54,7 @@ RECIPE = {                       # Zhang et al. 2023, the released settings for 
 
 SMALL = {
     "views": "mild",             # phantoms, 300 steps, one seed: validation kNN .424, with "plain" .308
-    "gap": 0.2,                  # RESULTS: on noise, where nothing but edges can help, accuracy .394 without gap and
+    "gap": 0.2,                  # presets.md: on noise, where nothing but edges can help, accuracy .394 without gap and
     "jitter": 0.1,               # jitter, .134 with these (chance .125)
     "width": 64,                 # a guess: the study's heads in 3D; RECIPE's have 13 M weights, the tiny encoder 0.7 M
     "hidden": 1024,

@@ -39,7 +39,7 @@ RECIPE = {                       # Zhang et al. 2023, the released settings
     "size": 512,
 }
 
-SMALL = {}                       # as in RECIPE: accuracy 1.00 after 300 steps on phantoms (RESULTS)
+SMALL = {}                       # as in RECIPE: accuracy 1.00 after 300 steps on phantoms (presets.md)
 
 
 class Rotation(nn.Module):
