@@ -238,10 +238,10 @@ def test_a_failed_start_leaves_nothing(folder, monkeypatch):
         assert [path.name for path in Path("run").glob("*")] == before
 
 
-def test_a_full_disk_is_a_line_and_the_last_checkpoint_is_kept(split):
+def test_a_full_disk_is_a_line_and_the_last_checkpoint_is_kept():
     """ulimit bounds what a process may write to a file."""
-    words = [sys.executable, train.__file__, "--method", "simclr", "--data", str(split), *FAST, "--out", "run"]
-    subprocess.run(words, check=True, capture_output=True)
+    Path("run").mkdir()
+    files.save_torch("run/checkpoint.pt", {"x": torch.zeros(3)})
     before = Path("run/checkpoint.pt").read_bytes()
     limited = "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); " \
               "resource.setrlimit(resource.RLIMIT_FSIZE, (30000, 30000)); sys.argv = sys.argv[1:]; " \

@@ -352,7 +352,7 @@ FAULTS = {                                                                  # fi
     ],
     "medssl/together.py": [
         ("the weights not heeded", 'sum(weight * outs[name]["loss"]', 'sum(outs[name]["loss"]', "pretext -k together"),
-        ("a part on another encoder", "        if strangers:", "        if False:", "pretext -k together"),
+        ("a part on another encoder", "        if strangers:", "        if False:", "pretext -k another_encoder"),
         ("chance not weighed", 'sum(weight * outs[name]["chance"]', 'sum(outs[name]["chance"]', "pretext -k together"),
         ("everyone sees the first part's views", "for (name, part), view in zip(self.parts.items(), views)",
          "for (name, part), view in zip(self.parts.items(), views[:1] * 9)", "pretext -k parts or together"),
