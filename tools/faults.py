@@ -631,8 +631,6 @@ FAULTS = {                                                                  # fi
         ("near copies across patients", "near.setdefault(group, [])", 'near.setdefault("", [])', "data -k copies"),
         ("near copies kept", "if group and others and differing.min() <= NEAR:", "if False:", "data -k copies"),
         ("of copies the training one kept", '{"test": 0, "val": 1}', '{"test": 4, "val": 3}', "data -k copies"),
-        ("patients by name", 'f"patient {patients.setdefault(patient, len(patients) + 1)}"', "patient",
-         "data -k formats"),
         ("written onto what is there", "if os.path.lexists(folder) and", "if False and", "data -k written"),
     ],
     "medssl/common/evaluation": [

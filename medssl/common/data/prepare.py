@@ -88,7 +88,7 @@ def pair(source, row, args):
 
 def write_pictures(source, part, args):
     """images/ and masks/; returns [(row of the source, file, mask's file, group)] and notes."""
-    rows, problems, dropped, patients = [], [], {"copies": 0, "near copies": 0}, {}
+    rows, problems, dropped = [], [], {"copies": 0, "near copies": 0}
     exact, near = set(), {}
     work = sorted(pieces(source, args), key=lambda piece: in_order(source, piece[0], args))
     for row, produce in tqdm(work, desc=f"writing {source.name}", unit=" files", leave=False):
@@ -99,7 +99,7 @@ def write_pictures(source, part, args):
             continue
         group = source.groups[row] if source.groups and not patient else ""
         if patient:
-            group = f"patient {patients.setdefault(patient, len(patients) + 1)}"
+            group = f"patient {patient}"                                    # split.csv keeps a number
         elif not group and len(layers) > 1:
             group = source.names[row]                                       # the slices of a volume stay together
         for number, image, mask in layers:
