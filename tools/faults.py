@@ -727,10 +727,10 @@ FAULTS = {                                                                  # fi
         ("gray weights not shared among three channels", ".repeat(1, 3, 1, 1) / 3", ".repeat(1, 3, 1, 1)",
          "evaluate -k exports"),
         ("results.json first", """    report.write_csv(study, records)
-""", """    report.write_json(study, records, summaries, differences, stopped)
+""", """    report.write_results_json(study, records, summaries, differences, stopped)
     report.write_csv(study, records)
 """, "evaluate -k goes_on"),
-        ("tasks not tried before the first fit", "        tasks.check(study, name)\n", "        pass\n",
+        ("tasks not tried before the first fit", "        tasks.check_answers(study, name)\n", "        pass\n",
          "evaluate -k several_classes or another_shape or wrong_words"),
     ],
     "experiments/over_seeds.py": [
