@@ -14,7 +14,7 @@ from PIL import Image
 
 import evaluate
 from medssl.common import cli, encoders, metrics
-from medssl.common.evaluation import figures, readouts, report, scores, study, subsets, tasks
+from medssl.common.evaluation import figures, keep, readouts, report, scores, study, subsets, tasks
 from medssl.common.evaluation.study import Cell, Model, Study
 from medssl.common.evaluation.tasks import TASKS
 from tests.common import TINY, batch
@@ -385,10 +385,10 @@ def test_sets_that_lack_something(home, npz, capsys):
     run("--data", "stack.npy", *CPU, "--encoder", "tiny", "--seeds", "1")
     assert "neither labels nor masks" in capsys.readouterr().out
 
-    def some(columns, keep):
+    def some(columns, wanted):
         """Some columns and rows of the set."""
         with open(home / "set/split.csv") as file:
-            rows = [row | {"file": home / "set" / row["file"]} for row in csv.DictReader(file) if keep(row)]
+            rows = [row | {"file": home / "set" / row["file"]} for row in csv.DictReader(file) if wanted(row)]
         Path("some").mkdir(exist_ok=True)
         with open("some/split.csv", "w") as file:
             writer = csv.DictWriter(file, columns, extrasaction="ignore")
@@ -532,8 +532,7 @@ def test_a_stopped_evaluation_goes_on(home, monkeypatch, capsys):
     with pytest.raises(KeyboardInterrupt):
         run(*words)
     assert results("out", "stopped") and "--out out goes on" in capsys.readouterr().out
-    for other in ([*words, "--lr", "0.5"], [f"{home}/run+statistics", *words[1:]]):
-        assert "of another evaluation" in fails(capsys, *other)
+    assert "of another evaluation" in fails(capsys, *words, "--lr", "0.5")
     first, fit = len(done), min(Path("out/fits").iterdir())
     done.clear()
     whole = fit.read_bytes()
@@ -560,3 +559,12 @@ def test_a_stopped_evaluation_goes_on(home, monkeypatch, capsys):
     done.clear()
     run(*words, "--seeds", "3")
     assert len(done) == 8                                                   # one more seed; the others were there
+
+
+def test_fits_of_other_models_are_not_gone_on_with(tmp_path):
+    dataset = SimpleNamespace(images=np.zeros((4, 1, 8, 8), np.uint8))
+    a, b = (Study(evaluate.parse(["x"]), dataset, None, [Model(name)], None, tmp_path) for name in "ab")
+    keep.open_folder(a)
+    keep.open_folder(a)
+    with pytest.raises(ValueError, match="of another evaluation"):
+        keep.open_folder(b)

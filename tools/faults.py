@@ -696,7 +696,7 @@ FAULTS = {                                                                  # fi
         ("fits of other settings go on", 'now = json.loads(json.dumps({"settings": settings,',
          'now = json.loads(json.dumps({', "evaluate -k goes_on"),
         ("fits of other models go on", '"models": [model.name for model in study.models],', "",
-         "evaluate -k goes_on"),
+         "evaluate -k other_models"),
         ("seeds share their fits", 'f"seed{seed}"', '"seed"', "evaluate -k goes_on"),
         ("notes of fits that are read lost", "notes=fit.notes", "notes=[]", "evaluate -k goes_on"),
         ("what a killed process left stays", "        part.unlink()\n", "        pass\n", "evaluate -k goes_on"),
