@@ -522,7 +522,7 @@ FAULTS = {                                                                  # fi
          "((x - mean) / std)[:, :, :side, :side]", "evaluate -k without_a_network"),
         ("thumbnails as they are", "(x - mean) / std, side", "x, side", "evaluate -k without_a_network"),
         ("features standardised over test rows", "features[rows].mean(0), features[rows].std(0",
-         "features.mean(0), features.std(0", "readouts evaluate -k standardises or without_a_network"),
+         "features.mean(0), features.std(0", "evaluate -k without_a_network"),
         ("percentiles of all channels and images", "np.percentile(grey, PERCENTILES, axis=2)",
          "np.percentile(grey, PERCENTILES, axis=2) * 0 + np.percentile(grey, 50)", "evaluate -k without_a_network"),
         ("the wider part outweighs the other", " / part.shape[1] ** 0.5", "", "evaluate -k weigh_alike"),
