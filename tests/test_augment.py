@@ -109,13 +109,6 @@ def test_crops_that_do_not_fit(crop, height, width, fallback):
     assert apart.max() < 0.03
 
 
-def test_a_crop_now_and_then():
-    torch.manual_seed(0)
-    _, theta = augment.Augment(8, crop=(0.2, 0.6), crop_p=0.3)(torch.zeros(3000, 1, 8, 8), geometry=True)
-    whole = ((theta - torch.eye(2, 3)).abs() < 1e-6).all(2).all(1)
-    assert abs(whole.float().mean() - 0.7) < 0.03 and theta[~whole][:, 0, 0].max() < 0.9
-
-
 def test_nothing_fades_at_the_border():
     """An enlarged white image is white to its last pixel; what lies beyond the image is black."""
     torch.manual_seed(0)
@@ -225,14 +218,11 @@ def test_zoom_shift_and_rotation_have_their_ranges():
     nothing = torch.zeros(2000, 1, 8, 8)
     zoomed = augment.Augment(8, zoom=(2.0, 2.0))(nothing, geometry=True)[1]
     assert torch.allclose(zoomed, torch.tensor([[0.5, 0, 0], [0, 0.5, 0]]).expand(2000, 2, 3))      # half of the image
-    zoomed = augment.Augment(8, zoom=(2.0, 2.0), zoom_p=0.4)(nothing, geometry=True)[1]
-    assert abs((zoomed[:, 0, 0] < 0.75).float().mean() - 0.4) < 0.06
     moved = augment.Augment(8, shift=0.2)(nothing, geometry=True)[1][:, :, 2]                       # sides of length 2
     assert -0.4 <= moved.min() < -0.39 and 0.39 < moved.max() <= 0.4
-    turned = augment.Augment(8, rotation=30, rotation_p=0.4)(nothing, geometry=True)[1]
+    turned = augment.Augment(8, rotation=30)(nothing, geometry=True)[1]
     angle = torch.atan2(turned[:, 1, 0], turned[:, 0, 0]).rad2deg()
     assert -30.01 < angle.min() < -29 and 29 < angle.max() < 30.01
-    assert abs((angle.abs() > 1e-3).float().mean() - 0.4) < 0.06
 
 
 @pytest.mark.parametrize("height,width,ratio", [(16, 32, 1.0), (16, 16, 2.0), (30, 20, 0.5)])
@@ -243,6 +233,7 @@ def test_crops_of_oblong_images_keep_the_ratio_in_pixels(height, width, ratio):
 
 
 @pytest.mark.parametrize("words", [
+    {"crop": (0.2, 0.6), "crop_p": 0.3}, {"zoom": (2.0, 2.0), "zoom_p": 0.3}, {"rotation": 30, "rotation_p": 0.3},
     {"flip": 0.3}, {"flip_vertical": 0.3}, {"brightness": 0.5, "jitter": 0.3}, {"grayscale": 0.3}, {"solarise": 0.3},
     {"blur": (9.0, 9.0), "blur_p": 0.3}, {"noise": (0.1, 0.1), "noise_p": 0.3}], ids=lambda words: [*words][0])
 def test_probabilities_are_shares_of_the_images(words):

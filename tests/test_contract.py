@@ -240,12 +240,6 @@ def test_repeated_helpers_are_identical():
         assert len(set(copies.values())) == 1, f"{helper} differs between {', '.join(copies)}: copy it word for word"
 
 
-def test_the_loop_names_no_method():
-    for file in ("loop.py", "feed.py", "optim.py", "evaluation/readouts.py"):
-        words = set(re.findall(r"[a-z]+", (ROOT / "medssl/common" / file).read_text().lower()))
-        assert not words & (set(METHODS) - {"together", "relative"}), file
-
-
 def test_the_method_of_the_contract_is_one():
     """The lines that the contract begins with do what rotation.py does."""
     names = {"torch": torch, "nn": nn, "F": F, "math": math}

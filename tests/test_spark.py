@@ -181,24 +181,6 @@ def test_outside_of_its_own_forward_the_encoder_is_what_it_was():
     assert (twin.encoder(x) - encoder(x)).abs().max() > 0.01 * encoder(x).abs().max()
 
 
-def test_shapes_are_static_and_no_value_is_read_back():
-    """A compiled graph and a GPU's queue need the same operations with the same shapes, whatever the mask says."""
-    def trace(call):
-        with torch.autograd.profiler.profile(record_shapes=True) as recorded:
-            call()
-        return [(event.name, event.input_shapes) for event in recorded.function_events]
-
-    method, x, ours, naive = SparK(Plain(), lambda x: x, width=8), batch(3, size=32), [], []
-    for active in [some_mask(Plain, size=32, ratio=r) for r in (0.6, 0.3)]:                     # unlike in number, too
-        method.zero_grad(set_to_none=True)
-        ours.append(trace(lambda active=active: method(x, active)["loss"].backward()))
-        naive.append(trace(lambda active=active: gather_and_scatter(Plain(), active).features(x)))
-    names = {name for name, _ in ours[0] + trace(lambda: method.views(x))}
-    assert {"aten::convolution_backward", "aten::rand", "aten::pixel_shuffle"} <= names
-    assert not names & {"aten::" + op for op in ("item", "_local_scalar_dense", "nonzero", "masked_select", "index")}
-    assert ours[0] == ours[1] and naive[0] != naive[1]
-
-
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("normalise_prediction", [False, True])
 def test_loss_equals_a_loop_and_ignores_visible_cells(channels, normalise_prediction):

@@ -202,10 +202,13 @@ def test_views_are_drawn_before_the_first_step_and_the_rest_at_each_look(split, 
 
 
 def test_after_ctrl_c_the_last_line_goes_on(split, monkeypatch, capsys):
+    before = signal.getsignal(signal.SIGINT)
     at_each_step(monkeypatch, lambda step: step == 1 and signal.raise_signal(signal.SIGINT))
     train.main(["--method", "simclr", "--data", str(split), *FAST, "--out", "my run"])
     said = capsys.readouterr().out.strip().splitlines()
     assert said[-1] == "next: python train.py --resume --out 'my run'" and any("2 of 3 steps" in line for line in said)
+    assert torch.load("my run/checkpoint.pt", weights_only=True)["step"] == 2
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_failed_start_leaves_nothing(folder, monkeypatch):
