@@ -51,25 +51,6 @@ def test_every_geometry_has_the_right_direction(name):
     assert agreement(augment.build(name, 48), channels=1) > 0.9
 
 
-def test_wrong_geometry_is_found():
-    """What passes every check of shapes: the map from image to view, another sample's, x and y exchanged."""
-    def wrong(change):
-        right = augment.Augment(64, crop=(0.2, 0.5), rotation=30, flip=0.5)
-
-        def recipe(images, geometry):
-            views, theta = right(images, geometry=True)
-            return views, change(theta)
-        return agreement(recipe)
-
-    def inverse(theta):
-        square = torch.cat([theta, torch.tensor([0.0, 0, 1]).expand(len(theta), 1, 3)], 1)  # (B, 3, 3)
-        return torch.linalg.inv(square)[:, :2]
-
-    assert wrong(lambda theta: theta) > 0.95
-    for change in (inverse, lambda theta: theta.roll(1, 0), lambda theta: theta.flip(1)):
-        assert wrong(change) < 0.5
-
-
 def test_theta_says_where_each_view_pixel_came_from():
     """An image whose two channels hold its own x and y: a view of it shows its own geometry."""
     size = 40
@@ -87,17 +68,6 @@ def test_theta_says_where_each_view_pixel_came_from():
     sides = theta[:, :, :2].norm(dim=1)                                     # (16, 2): share of the image's side
     area = sides.prod(1)
     assert area.min() > 0.2 / 1.2 ** 2 - 1e-4 and area.max() < 0.5 / 0.8 ** 2 + 1e-4
-
-
-def test_crops_keep_the_area_and_ratio_that_were_asked_for():
-    torch.manual_seed(0)
-    recipe = augment.Augment(8, crop=(0.2, 0.6))
-    _, theta = recipe(torch.zeros(4000, 1, 16, 16), geometry=True)
-    width, height = theta[:, 0, 0], theta[:, 1, 1]
-    area, ratio = width * height, width / height
-    assert 0.2 - 1e-4 <= area.min() and area.max() <= 0.6 + 1e-4 and abs(area.mean() - 0.4) < 0.01        # uniform
-    assert 0.75 - 1e-4 <= ratio.min() and ratio.max() <= 4 / 3 + 1e-4 and abs(ratio.log().mean()) < 0.01
-    assert (theta[:, 0, 2].abs() + width).max() <= 1 + 1e-4                 # never beyond the image
 
 
 def crop_by_hand(random, height, width, crop, low=3 / 4, high=4 / 3):
@@ -139,39 +109,29 @@ def test_crops_that_do_not_fit(crop, height, width, fallback):
     assert apart.max() < 0.03
 
 
-def test_a_crop_now_and_then():
-    torch.manual_seed(0)
-    _, theta = augment.Augment(8, crop=(0.2, 0.6), crop_p=0.3)(torch.zeros(3000, 1, 8, 8), geometry=True)
-    whole = ((theta - torch.eye(2, 3)).abs() < 1e-6).all(2).all(1)
-    assert abs(whole.float().mean() - 0.7) < 0.03 and theta[~whole][:, 0, 0].max() < 0.9
-
-
 def test_nothing_fades_at_the_border():
     """An enlarged white image is white to its last pixel; what lies beyond the image is black."""
-    white = torch.ones(2, 2, 64, 64)
-    assert augment.Augment(96)(white).min() > 1 - 1e-6
     torch.manual_seed(0)
-    for size in (32, 96):
-        recipe = augment.Augment(size, crop=(0.3, 1.0), flip=0.5, quarter_turn=0.5)
-        assert recipe(white.expand(2, 2, 64, 64)).min() > 1 - 1e-6
+    white = torch.ones(2, 2, 64, 64)
     half = torch.tensor([[[1.0, 0, 1], [0, 1, 0]]]).expand(2, 2, 3)         # the right half lies outside
     for size in (32, 96):
+        recipe = augment.Augment(size, crop=(0.3, 1.0), flip=0.5, quarter_turn=0.5)
+        assert min(augment.Augment(size)(white).min(), recipe(white).min()) > 1 - 1e-6
         view = augment.resample(white, half, size)
         assert view[..., :size // 2].min() > 1 - 1e-6 and view[..., size // 2:].max() == 0
-    far = torch.tensor([[[1.0, 0, 1 / 48], [0, 1, 0]]]).expand(2, 2, 3)     # one column of 96 outside; of 32, a third
-    assert torch.allclose(augment.resample(white, far, 96)[..., -1], torch.zeros(2, 2, 96))
-    assert torch.allclose(augment.resample(white, far, 48)[..., -1], torch.full((2, 2, 48), 0.5))
+    far = torch.tensor([[[1.0, 0, 1 / 48], [0, 1, 0]]]).expand(2, 2, 3)     # one column of 96 outside; half one of 48
+    for size, grey in ((96, 0.0), (48, 0.5)):
+        assert torch.allclose(augment.resample(white, far, size)[..., -1], torch.full((2, 2, size), grey))
 
 
 def test_a_flip_and_a_quarter_turn_are_exact():
-    x = batch(3, 2, 32)
+    x = batch(1, 2, 32)
     assert torch.allclose(augment.Augment(32, flip=1.0)(x), x.flip(3), atol=1e-5)
     assert torch.allclose(augment.Augment(32, flip_vertical=1.0)(x), x.flip(2), atol=1e-5)
-    turned = augment.Augment(32, quarter_turn=1.0)(x)
-    for view, image in zip(turned, x, strict=True):
-        assert min((view - image.rot90(k, (1, 2))).abs().max() for k in (1, 2, 3)) < 1e-4
-    theta = augment.Augment(32, quarter_turn=1.0)(x[:1].expand(60, -1, -1, -1), geometry=True)[1]
-    assert {tuple(turn) for turn in theta[:, 0, :2].round().int().tolist()} == {(0, 1), (0, -1), (-1, 0)}   # all three
+    turned = augment.Augment(32, quarter_turn=1.0)(x.expand(60, -1, -1, -1))
+    turns = torch.cat([x.rot90(k, (2, 3)) for k in range(4)])               # (4, 2, 32, 32)
+    apart = (turned[:, None] - turns).abs().amax((2, 3, 4))                 # (60, 4)
+    assert apart.amin(1).max() < 1e-4 and set(apart.argmin(1).tolist()) == {1, 2, 3}
 
 
 def test_a_turn_is_rigid_in_pixels_on_oblong_images():
@@ -179,7 +139,7 @@ def test_a_turn_is_rigid_in_pixels_on_oblong_images():
     torch.manual_seed(0)
     _, theta = recipe(torch.zeros(50, 1, 30, 60), geometry=True)
     to_pixels = torch.tensor([60.0, 30.0])
-    linear = theta[:, :, :2] * to_pixels.view(1, 2, 1) / to_pixels          # both axes in pixels
+    linear = theta[:, :, :2] * to_pixels[:, None] / to_pixels               # both axes in pixels
     assert torch.allclose(linear @ linear.transpose(1, 2), torch.eye(2).expand(50, 2, 2), atol=1e-4)
 
 
@@ -209,12 +169,10 @@ def test_jitter_by_hand():
     assert torch.allclose(augment.blend(x, augment.luminance(x), torch.tensor(0.0))[0, :, 0, 0], torch.full((3,), gray))
     beyond = augment.blend(x, torch.tensor(0.5), torch.tensor(1.5))[0, :, 0, 0]
     assert torch.allclose(beyond, torch.tensor([0.05, 0.35, 1.0]))
-    one = torch.rand(1, 1, 4, 4)
-    values = augment.Augment(4, brightness=0.5)(one.expand(2000, -1, -1, -1))[:, 0, 0, 0] / one[0, 0, 0, 0]
-    assert 0.5 <= values.min() and abs(values.min() - 0.5) < 0.01
-    assert one[0, 0, 0, 0] * 1.5 >= values.max() * one[0, 0, 0, 0]
-    assert augment.Augment(4, brightness=0.5)(torch.full((50, 1, 4, 4), 0.9)).max() == 1        # nothing beyond white
     torch.manual_seed(0)
+    values = augment.Augment(4, brightness=0.5)(torch.full((2000, 1, 4, 4), 0.6))[:, 0, 0, 0] / 0.6
+    assert 0.5 - 1e-5 <= values.min() < 0.51 and 1.49 < values.max() <= 1.5 + 1e-5
+    assert augment.Augment(4, brightness=0.5)(torch.full((50, 1, 4, 4), 0.9)).max() == 1        # nothing beyond white
     pixels = torch.rand(50, 3, 1, 1)
     pixels[0] = 0.5                                                         # gray has no hue
     for turn in (0.0, 0.1, -0.3, 0.5):
@@ -229,24 +187,17 @@ def test_blur_is_a_gaussian():
     point[:, 0, 20, 20] = 1
     blurred = augment.gaussian_blur(point, torch.tensor([1.0, 3.0]))
     for picture, sigma in zip(blurred[:, 0], (1.0, 3.0), strict=True):
-        distance = torch.arange(41) - 20.0
-        assert math.isclose(picture.sum().item(), 1, abs_tol=1e-4)
-        assert math.isclose((picture.sum(0) * distance ** 2).sum().sqrt().item(), sigma, rel_tol=0.01)
-        assert torch.allclose(picture, picture.T, atol=1e-6)
-    constant = torch.full((1, 1, 16, 16), 0.7)
-    faded = augment.gaussian_blur(constant, torch.tensor([2.0]))
-    assert torch.allclose(faded, constant, atol=1e-6)                       # nothing fades at the border
+        heights = torch.exp(-(torch.arange(41) - 20.0) ** 2 / (2 * sigma ** 2))
+        wanted = heights[:, None] * heights / heights.sum() ** 2
+        assert torch.allclose(picture, wanted, atol=2e-3 * wanted.max().item())
+    constant = torch.full((1, 1, 16, 16), 0.7)                              # nothing fades at the border
+    assert torch.allclose(augment.gaussian_blur(constant, torch.tensor([2.0])), constant, atol=1e-6)
 
 
-def test_solarise_noise_gamma():
+def test_solarise_and_gamma():
     x = torch.tensor([0.2, 0.5, 0.9]).view(1, 1, 1, 3).expand(1, 1, 3, 3)
     assert torch.allclose(augment.Augment(3, solarise=1.0)(x)[0, 0, 0], torch.tensor([0.2, 0.5, 0.1]), atol=1e-6)
-    half = torch.full((400, 1, 32, 32), 0.5)
-    torch.manual_seed(0)
-    noisy = augment.Augment(32, noise=(0.05, 0.05), noise_p=1.0)(half)
-    assert abs(noisy.std() - 0.05) < 1e-3
-    bent = augment.Augment(3, gamma=(2.0, 2.0))(x)
-    assert torch.allclose(bent, x ** 2)
+    assert torch.allclose(augment.Augment(3, gamma=(2.0, 2.0))(x), x ** 2)
 
 
 @pytest.mark.parametrize("name,least,jittered,strength", [("fundus", 0.8, 1.0, 0.4), ("fundus_mild", 0.85, 0.75, 0.2)])
@@ -267,14 +218,11 @@ def test_zoom_shift_and_rotation_have_their_ranges():
     nothing = torch.zeros(2000, 1, 8, 8)
     zoomed = augment.Augment(8, zoom=(2.0, 2.0))(nothing, geometry=True)[1]
     assert torch.allclose(zoomed, torch.tensor([[0.5, 0, 0], [0, 0.5, 0]]).expand(2000, 2, 3))      # half of the image
-    zoomed = augment.Augment(8, zoom=(2.0, 2.0), zoom_p=0.4)(nothing, geometry=True)[1]
-    assert abs((zoomed[:, 0, 0] < 0.75).float().mean() - 0.4) < 0.06
     moved = augment.Augment(8, shift=0.2)(nothing, geometry=True)[1][:, :, 2]                       # sides of length 2
     assert -0.4 <= moved.min() < -0.39 and 0.39 < moved.max() <= 0.4
-    turned = augment.Augment(8, rotation=30, rotation_p=0.4)(nothing, geometry=True)[1]
+    turned = augment.Augment(8, rotation=30)(nothing, geometry=True)[1]
     angle = torch.atan2(turned[:, 1, 0], turned[:, 0, 0]).rad2deg()
     assert -30.01 < angle.min() < -29 and 29 < angle.max() < 30.01
-    assert abs((angle.abs() > 1e-3).float().mean() - 0.4) < 0.06
 
 
 @pytest.mark.parametrize("height,width,ratio", [(16, 32, 1.0), (16, 16, 2.0), (30, 20, 0.5)])
@@ -285,6 +233,7 @@ def test_crops_of_oblong_images_keep_the_ratio_in_pixels(height, width, ratio):
 
 
 @pytest.mark.parametrize("words", [
+    {"crop": (0.2, 0.6), "crop_p": 0.3}, {"zoom": (2.0, 2.0), "zoom_p": 0.3}, {"rotation": 30, "rotation_p": 0.3},
     {"flip": 0.3}, {"flip_vertical": 0.3}, {"brightness": 0.5, "jitter": 0.3}, {"grayscale": 0.3}, {"solarise": 0.3},
     {"blur": (9.0, 9.0), "blur_p": 0.3}, {"noise": (0.1, 0.1), "noise_p": 0.3}], ids=lambda words: [*words][0])
 def test_probabilities_are_shares_of_the_images(words):
@@ -310,8 +259,8 @@ def test_gamma_noise_and_hue_are_drawn_for_each_image_in_their_ranges():
     bent = augment.Augment(8, gamma=(0.5, 2.0))(torch.full((1000, 1, 8, 8), 0.5))[:, 0, 0, 0].log2().neg()
     assert len(bent.unique()) > 900 and abs(bent.log().mean()) < 0.05
     assert 0.5 <= bent.min() + 1e-5 < 0.52 and 1.95 < bent.max() <= 2 + 1e-5
-    noisy = augment.Augment(8, noise=(0.05, 0.05), noise_p=1.0)(torch.full((9, 1, 8, 8), 0.5))
-    assert (noisy[0] - noisy[1]).abs().max() > 0.01
+    noisy = augment.Augment(32, noise=(0.05, 0.05), noise_p=1.0)(torch.full((400, 1, 32, 32), 0.5))
+    assert abs(noisy.std() - 0.05) < 1e-3 and (noisy[0] - noisy[1]).abs().max() > 0.01
     red = torch.tensor([0.9, 0.1, 0.1]).view(1, 3, 1, 1).expand(1000, 3, 8, 8)
     turned = augment.Augment(8, hue=0.1)(red)[:, :, 0, 0].tolist()
     hues = [(colorsys.rgb_to_hsv(*pixel)[0] + 0.5) % 1 - 0.5 for pixel in turned]

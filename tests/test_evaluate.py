@@ -4,7 +4,6 @@ import csv
 import functools
 import json
 import os
-import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +14,6 @@ from PIL import Image
 
 import evaluate
 from medssl.common import cli, encoders, metrics
-from medssl.common.data import Dataset
 from medssl.common.evaluation import figures, keep, readouts, report, scores, study, subsets, tasks
 from medssl.common.evaluation.study import Cell, Model, Study
 from medssl.common.evaluation.tasks import TASKS
@@ -102,26 +100,9 @@ def fails(capsys, *words):
 
 @pytest.fixture(scope="module")
 def whole(home, tmp_path_factory):
-    """One evaluation with everything, watched: which rows each fit was asked for, in order; how each was trained; what
-    was printed; what its pictures are of."""
-    asked, trained, said, out = [], [], [], tmp_path_factory.mktemp("out") / "results"
-    lines = (home / "set/split.csv").read_text().split("\n")[1:]
-    pictures = torch.stack([torch.from_numpy(np.array(Image.open(home / f"set/images/{i}.png"))) for i in range(96)])
-    encoder = encoders.build("tiny", 1, "default", (0.3,), (0.2,)).eval()
-    encoder.load_state_dict(torch.load(home / "run/encoder.pt", weights_only=True))
-    with torch.no_grad():
-        theirs = encoder(pictures[:, None] / 255)
-    order = np.random.default_rng(0).permutation(96)                        # files may come in any order
-    np.savez(home / "theirs.npz", features=theirs[order].numpy(),
-             files=np.array([line.split(",")[0] for line in lines])[order])
-    np.savez(home / "by_row.npz", features=theirs.numpy())
-    train = [line.split(",")[3] == "train" for line in lines]
-    pixels = pictures.numpy() / 255                                         # (N, 32, 32)
-    standard = (pixels - pixels[train].mean()) / pixels[train].std()
-    np.savez(home / "tiny.npz", features=standard.reshape(-1, 8, 4, 8, 4).mean((2, 4)).reshape(-1, 64))
-    grey = pixels.reshape(96, -1)
-    grey = np.column_stack([grey.mean(1), grey.std(1), np.percentile(grey, [1, 5, 10, 25, 50, 75, 90, 95, 99], 1).T])
-    np.savez(home / "grey.npz", features=(grey - grey[train].mean(0)) / grey[train].std(0))
+    """One evaluation with everything, watched: which rows each fit was asked for, in order; how each was trained."""
+    asked, trained, out = [], [], tmp_path_factory.mktemp("out") / "results"
+    save_features(home)
     with pytest.MonkeyPatch.context() as patch:
         answered, do, tune, answers, probe = tasks.answered, tasks.do, readouts.tune, readouts.answers, \
             readouts.linear_probe
@@ -134,13 +115,31 @@ def whole(home, tmp_path_factory):
                       asked[-1].extend([train, val]) or probe(x, y, train, val, *rest))
         patch.setattr(readouts, "tune", lambda method, *rest: trained.append(
             (asked[-1][0], rest[3], readouts.fingerprint(method.head))) or tune(method, *rest))
-        patch.setattr("builtins.print", lambda *words: said.append(" ".join(map(str, words))))
         for name, draw in DRAWN.items():
             patch.setattr(figures.pictures, name, draw)
         run(home / "run", *(home / f"{name}.npz" for name in ("theirs", "by_row", "tiny", "grey")), "thumbnails",
             "statistics", f"{home}/run+statistics", "--task", "knn", "linear", "finetune", "segment", "unet",
             "collapse", "--labels", "1.0", "7n", "--out", out, *FAST)
-    return SimpleNamespace(out=out, asked=asked, trained=trained, said="\n".join(said))
+    return SimpleNamespace(out=out, asked=asked, trained=trained)
+
+
+def save_features(home):
+    """Files of features: those of the run, by file name and by row, and thumbnails and statistics by hand."""
+    names = np.array([f"images/{i}.png" for i in range(96)])
+    pixels = np.stack([np.array(Image.open(home / "set" / name)) for name in names]) / 255                # (96, 32, 32)
+    encoder = encoders.build("tiny", 1, "default", (0.3,), (0.2,)).eval()
+    encoder.load_state_dict(torch.load(home / "run/encoder.pt", weights_only=True))
+    with torch.no_grad():
+        theirs = encoder(torch.tensor(pixels[:, None]).float()).numpy()
+    order = np.random.default_rng(0).permutation(96)                        # files may come in any order
+    np.savez(home / "theirs.npz", features=theirs[order], files=names[order])
+    np.savez(home / "by_row.npz", features=theirs)
+    train = np.arange(96) // 4 % 4 % 2 == 0
+    standard = (pixels - pixels[train].mean()) / pixels[train].std()
+    np.savez(home / "tiny.npz", features=standard.reshape(-1, 8, 4, 8, 4).mean((2, 4)).reshape(-1, 64))
+    grey = pixels.reshape(96, -1)
+    grey = np.column_stack([grey.mean(1), grey.std(1), np.percentile(grey, [1, 5, 10, 25, 50, 75, 90, 95, 99], 1).T])
+    np.savez(home / "grey.npz", features=(grey - grey[train].mean(0)) / grey[train].std(0))
 
 
 def test_results(whole):
@@ -175,15 +174,6 @@ def test_results(whole):
         encoder = encoders.build("tiny", 1, "default")
         assert encoders.load(whole.out / kind, encoder)[0] == len(encoder.state_dict())
         assert readouts.fingerprint(encoder) != fits["knn", "1.0", "run", 0]["frozen"]
-
-
-def test_the_first_table_fits_100_columns_and_has_what_matters(whole):
-    table = whole.said.split("kNN: ")[1].split("\n\n")[0].split("\n")[1:]
-    assert table[0].split("  ")[1:] and [word.strip() for word in table[0].split("  ") if word.strip()] == [
-        "encoder", "learnt from", "balanced accuracy", "over random"]
-    assert max(map(len, table)) <= 100 and sum("thumbnails" in line for line in table) == 2
-    assert "theirs is left out of finetune, segment, unet" in " ".join(results(whole.out, "notes"))
-    assert "RankMe is at most" in whole.said and "settled" in whole.said
 
 
 def test_rows_are_asked_for_once_and_choices_are_made_on_validation(whole):
@@ -227,12 +217,8 @@ def test_features_without_a_network(whole, home, capsys):
                          ({"features": features[:90]}, "has 96"), ({"x": np.zeros(3)}, "cannot be read"),
                          ({"features": features, "files": names[:90]}, "for 90 images"),
                          ({"features": features + np.nan}, "finite"), ({"features": np.array([{}], object)}, "read"),
-                         (None, "must be a table")):
-        if arrays:
-            np.savez("raw.npz", **arrays)
-        else:
-            with zipfile.ZipFile("raw.npz", "w") as archive:                # a member that is no .npy
-                archive.writestr("features", b"no array")
+                         ({"features": np.zeros(96)}, "must be a table")):
+        np.savez("raw.npz", **arrays)
         assert word in fails(capsys, "raw.npz", *data)
 
 
@@ -287,17 +273,19 @@ def test_it_learns_what_is_there_and_no_more(npz):
         assert abs(cell["scores"]["auc"]["mean"] - 0.5) < 0.1, cell
 
 
+def copies(home, *paths):
+    """The run's encoder or config.json under other names."""
+    for path in map(Path, paths):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes((home / "run" / ("encoder.pt" if path.suffix == ".pt" else "config.json")).read_bytes())
+
+
 def test_series(home, capsys, monkeypatch):
     """Imbalance, resampling, strengths, freezing, the optimiser, several rates, and checkpoints of one run."""
-    tune, drawn, pictures = readouts.tune, [], []
-    for name in ("panels", "curves"):
-        monkeypatch.setattr(figures.pictures, name, lambda charts, path, *_, **__: pictures.append(path.name))
+    tune, drawn = readouts.tune, []
     monkeypatch.setattr(readouts, "tune", lambda *args: drawn.append(
         (args[1].labels[args[2]], args[4].weights, args[4].head_rate, args[4].config)) or tune(*args))
-    for step in (10, 9):
-        Path("many").mkdir(exist_ok=True)
-        (Path("many") / f"encoder-{step}.pt").write_bytes((home / "run/encoder.pt").read_bytes())
-    Path("many/config.json").write_bytes((home / "run/config.json").read_bytes())
+    copies(home, "many/encoder-10.pt", "many/encoder-9.pt", "many/config.json")
     run("many/encoder-10.pt", "many/encoder-9.pt", "--task", "linear", "finetune", "--imbalance", "1", "8", "--stage",
         "2", "--augment", "S0", "S6", "--resample", "--freeze", "0.4", "--loss", "balanced", "--all-columns",
         "--head-lr", "0.1", "--optimizer", "lars", "--lr", "0.02", "--weight-decay", "0.2", "--out", "out", "--steps",
@@ -310,7 +298,6 @@ def test_series(home, capsys, monkeypatch):
     assert all(np.bincount(labels, weights).tolist() == pytest.approx([1, 1, 1]) and rate == 5
                for labels, weights, rate, _ in drawn)
     assert {(config.optimizer, config.lr, config.weight_decay) for *_, config in drawn} == {("lars", 0.02, 0.2)}
-    assert {"imbalance-linear.png", "augment-finetune.png"} <= set(pictures)
     said = capsys.readouterr().out
     assert "in the first 1 the encoder is frozen" in said and "recall bright" in said and "kappa" in said
 
@@ -353,8 +340,7 @@ def test_exports(home, capsys):
     os.symlink("mine", "link.pt")
     os.mkfifo("pipe")
     Path("new-rgb.pt").write_text("precious")
-    for flag, name in (("--export", "mine"), ("--features", "mine"), ("--export", "link.pt"), ("--features", "pipe"),
-                       ("--export", "/dev/null"), ("--export", "new.pt"), ("--features", ".")):
+    for flag, name in (("--export", "mine"), ("--features", "pipe"), ("--export", "link.pt"), ("--export", "new.pt")):
         assert "is there already" in fails(capsys, home / "run", flag, name, *CPU)
     assert Path("mine").read_text() == Path("new-rgb.pt").read_text() == "precious" and not Path("new.pt").exists()
 
@@ -388,38 +374,37 @@ def test_cross_validation(home, capsys):
         assert all(len(set(splits[-1][i:i + 4])) == 1 for i in range(0, 96, 4))
     assert splits[1] == splits[3] and len(set(map(tuple, splits))) == 3
     assert own.seeds[0] == 4000                                             # another random network for each deal
-    said = capsys.readouterr().out
-    assert "dealt anew to train, val and test (70, 10, 20 %), from seed 5" in said and "with other splits" in said
+    assert "with other splits" in capsys.readouterr().out
 
 
 def test_sets_that_lack_something(home, npz, capsys):
     words = [*CPU, "--encoder", "tiny", "--task"]
     assert "no masks" in fails(capsys, "--data", npz / "true.npz", *words, "segment")
-    for i in range(40):
-        Path(f"bare/{i % 2}").mkdir(parents=True, exist_ok=True)
-        Image.fromarray((batch(1, 1, 32, i).numpy()[0, 0] * 200).astype(np.uint8)).save(f"bare/{i % 2}/{i}.png")
-    run("--data", "bare", *words, "knn", "--seeds", "1")
-    said = capsys.readouterr().out
-    assert "has no splits" in said and "scored" in said and "no patient numbers" in said and "random" in said
+    assert "only one class (same)" in fails(capsys, "--data", home / "set", "--label", "one", *words, "knn")
     np.save("stack.npy", np.stack([np.full((32, 32), 3 * i, np.uint8) for i in range(30)]))
     run("--data", "stack.npy", *CPU, "--encoder", "tiny", "--seeds", "1")
     assert "neither labels nor masks" in capsys.readouterr().out
-    assert "only one class (same)" in fails(capsys, "--data", home / "set", "--label", "one", *words, "knn")
-    table = (home / "set/split.csv").read_text()
-    for kind in ("images/", "masks/"):
-        table = table.replace(kind, f"{home}/set/{kind}")
-    lines = [line for line in table.split("\n") if ",val," not in line]
-    for name in ("lacking", "few"):
-        Path(name).mkdir()
-    Path("lacking/split.csv").write_text("\n".join(line for line in lines if not (",bright," in line and ",train," in
-                                                                                   line)))
-    run("--data", "lacking", *words, "knn", "linear", "--seeds", "1")
+
+    def some(columns, wanted):
+        """Some columns and rows of the set."""
+        with open(home / "set/split.csv") as file:
+            rows = [row | {"file": home / "set" / row["file"]} for row in csv.DictReader(file) if wanted(row)]
+        Path("some").mkdir(exist_ok=True)
+        with open("some/split.csv", "w") as file:
+            writer = csv.DictWriter(file, columns, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+        return "--data", "some", *words
+    run(*some(["file", "label"], lambda row: True), "knn", "--seeds", "1")
+    said = capsys.readouterr().out
+    assert "has no splits" in said and "no patient numbers" in said
+    columns = ["file", "label", "split", "group"]
+    run(*some(columns, lambda row: row["split"] != "val" and (row["label"], row["split"]) != ("bright", "train")),
+        "knn", "linear", "--seeds", "1")
     said = capsys.readouterr().out
     assert "no image of the train split holds class bright: never predicted" in said and "no validation split" in said
-    assert "fewer than 20" in said
-    Path("few/split.csv").write_text("\n".join(line for line in lines if ",train," not in line or ",p0," in line))
-    said = fails(capsys, "--data", "few", *words, "knn")
-    assert "1 in train, 0 in val, 6 in test" in said and "two in train and one in test" in said
+    few = some(columns, lambda row: row["split"] == "test" or row["group"] == "p0")
+    assert "two in train and one in test" in fails(capsys, *few, "knn")
 
 
 def test_wrong_words(home, capsys):
@@ -429,41 +414,28 @@ def test_wrong_words(home, capsys):
                         ([*words, "--task", "knn", "--labels", "99n"], "99n"),
                         ([*words, "--task", "finetune", "--freeze", "10", "--epochs", "5"], "--freeze"),
                         ([home / "run", *words, "--export", "x.pt"], "exactly one"),
-                        ([*words, "--export", "nowhere/x.pt"], "no folder"),
-                        ([*words, "--features", "nowhere/x.npz"], "no folder"),
-                        ([*words, "--out", "file/deep"], "file"),
+                        ([*words, "--export", "nowhere/x.pt"], "no folder"), ([*words, "--out", "file/deep"], "file"),
                         ([*words, "--task", "knn", "--per", "patient"], "several classes, as 6 have"),
                         *(([*words, *pair], pair[0]) for pair in (
-                            ("--task", "knm"), ("--labels", "0"), ("--labels", "1.5"), ("--labels", "0n"),
-                            ("--imbalance", "0.5"), ("--augment", "S7"), ("--seeds", "0"), ("--loss", "focal"),
-                            ("--lr", "-1"), ("--freeze", "-1")))):
+                            ("--labels", "0"), ("--labels", "1.5"), ("--labels", "0n"), ("--imbalance", "0.5"),
+                            ("--seeds", "0"), ("--lr", "-1"), ("--freeze", "-1")))):
         assert word in fails(capsys, *given), given
     assert not Path("results").exists()
 
 
-def test_evil_and_damaged_weights(home, capsys):
-    class Evil:
-        def __reduce__(self):
-            return Path.touch, (Path("touched"),)
-    torch.save({"conv1.weight": Evil()}, "evil.pt")
+def test_damaged_weights(home, capsys):
     state = torch.load(home / "run/encoder.pt", weights_only=True)
     torch.save(state | {"bn1.weight": torch.full((8,), float("nan"))}, "nan.pt")
     torch.save({"conv1.weight": torch.zeros(5, 1, 3, 3)}, "other.pt")
-    for name, word in (("evil", "refused"), ("nan", "not finite"), ("other", "other.pt: ")):
+    for name, word in (("nan", "not finite"), ("other", "other.pt: ")):
         assert word in fails(capsys, f"{name}.pt", "--data", home / "set", *CPU)
-    assert not Path("touched").exists()
     Path("nan.json").write_text(json.dumps({"name": "vit", "stem": "default"}))
     assert "unknown encoder in the .json of nan.pt 'vit'" in fails(capsys, "nan.pt", "--data", home / "set", *CPU)
-    Path("hollow").mkdir()
-    assert "neither a run" in fails(capsys, "hollow")
 
 
 def test_rows_are_named_after_runs(home):
     """Whichever of a run's files is given; a file that stands alone has its own name."""
-    Path("a").mkdir()
-    for name in ("a/encoder", "a/encoder-20", "a/checkpoint", "checkpoint"):
-        Path(f"{name}.pt").write_bytes((home / "run/encoder.pt").read_bytes())
-    Path("a/config.json").write_bytes((home / "run/config.json").read_bytes())
+    copies(home, "a/encoder.pt", "a/encoder-20.pt", "a/checkpoint.pt", "a/config.json", "checkpoint.pt")
     paths = "a", "a/encoder.pt", "a/encoder-20.pt", "a/checkpoint.pt", "checkpoint.pt", "a+statistics", "statistics"
     args = SimpleNamespace(encoder="tiny", stem="default")
     names = ["a", "a", "a@20", "a", "checkpoint", "a+statistics", "statistics"]
@@ -504,17 +476,13 @@ def test_differences_are_taken_seed_by_seed():
     assert gains["two", "random a", "dice"].interval == pytest.approx((expected - 0.005).tolist(), abs=1e-9)
 
 
-def test_a_task_whose_answers_have_another_shape(home, monkeypatch, capsys):
+def test_a_task_whose_answers_have_another_shape(home, monkeypatch):
     """Mean average precision of retrieval, one number an image, is a task added in one place; one that is scored
     otherwise than it says fails before the first fit."""
     def retrieve(fit):
-        features = torch.nn.functional.normalize(fit.study.features(fit.model, fit.seed)[0], dim=1)
-        known, labels = features[fit.rows], torch.as_tensor(fit.values)
-
-        def predict(rows):
-            return np.array([metrics.average_precision((labels[fit.rows] == labels[row]).long(), known @ features[row])
-                             for row in rows])
-        return tasks.answered(fit, predict)
+        features, labels = fit.study.features(fit.model, fit.seed)[0], torch.as_tensor(fit.values)
+        return tasks.answered(fit, lambda rows: np.array([metrics.average_precision(
+            (labels[fit.rows] == labels[row]).long(), features[fit.rows] @ features[row]) for row in rows]))
     answers = scores.Answers(
         "average precision (images,)", lambda target: np.zeros(len(target.test)),
         lambda values, target: scores.Scored({"map": values.mean()}, ("map",), lambda rows: values[rows].mean()[None],
@@ -527,8 +495,7 @@ def test_a_task_whose_answers_have_another_shape(home, monkeypatch, capsys):
     own.task = ["retrieval"]                                                # the parser's choices are older
     monkeypatch.setattr(evaluate, "parse", lambda argv: own)
     run()
-    said = capsys.readouterr().out
-    assert "chance 0.333" in said and all(0 < c["scores"]["map"]["mean"] < 1 for c in results("out"))
+    assert all(0 < c["scores"]["map"]["mean"] < 1 for c in results("out"))
     for change in ({"columns": ("nothing",)}, {"answers": scores.SHARES},
                    {"columns": ("auc",), "answers": scores.SHARES}):        # the last one at its first fit
         monkeypatch.setitem(TASKS, "retrieval", tasks.replace(task, **change))
@@ -594,15 +561,10 @@ def test_a_stopped_evaluation_goes_on(home, monkeypatch, capsys):
     assert len(done) == 8                                                   # one more seed; the others were there
 
 
-def test_fits_of_another_evaluation_are_not_gone_on_with(tmp_path):
-    """Its models and its settings have to be the same; how many seeds there are does not matter."""
-    dataset = Dataset("", np.zeros((4, 1, 8, 8), np.uint8), np.arange(4) % 2)
-
-    def opened(name, *words):
-        own = Study(evaluate.parse(["x", *words]), dataset, None, [Model(name)], None, tmp_path)
-        keep.open_folder(own)
-    opened("a", "--lr", "0.1")
-    opened("a", "--lr", "0.1", "--seeds", "9", "--all-columns")
-    for other in (("b", "--lr", "0.1"), ("a", "--lr", "0.1", "0.2")):
-        with pytest.raises(ValueError, match="of another evaluation"):
-            opened(*other)
+def test_fits_of_other_models_are_not_gone_on_with(tmp_path):
+    dataset = SimpleNamespace(images=np.zeros((4, 1, 8, 8), np.uint8))
+    a, b = (Study(evaluate.parse(["x"]), dataset, None, [Model(name)], None, tmp_path) for name in "ab")
+    keep.open_folder(a)
+    keep.open_folder(a)
+    with pytest.raises(ValueError, match="of another evaluation"):
+        keep.open_folder(b)

@@ -2,11 +2,10 @@
 is wrong."""
 
 import copy
-import json
+import math
 import os
 import shutil
 import signal
-import tempfile
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,30 +57,22 @@ def test_a_long_run_starts_at_once():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_resume_is_exact_for_every_method(name):
-    with tempfile.TemporaryDirectory() as folder:
-        resume_is_exact(name, Path(folder))
-
-
-def resume_is_exact(name, tmp_path):
+def test_resume_is_exact_for_every_method(name, tmp_path):
     """Accumulation 2 and bf16; the last step is done twice, once going straight on and once from the checkpoint before
     it."""
-    settings = config(tmp_path / "a", steps=2, batch=8, accum=2, amp="bf16", save_every=1, optimizer="lars",
-                      options={"trust": 0.02}, weight_decay=0.1)
-    straight = make(name)
-    for record in loop.fit(straight, pictures(), settings):
+    settings = dict(steps=2, batch=8, accum=2, amp="bf16", save_every=1, optimizer="lars", options={"trust": 0.02},
+                    weight_decay=0.1)
+    straight, resumed = make(name), make(name)
+    for record in loop.fit(straight, pictures(), config(tmp_path / "a", **settings)):
         if record["step"] == 2:
             shutil.copytree(tmp_path / "a", tmp_path / "b")
-    resumed = make(name)
     with torch.no_grad():
         for p in resumed.parameters():                                      # whatever it held before is overwritten
             p.add_(1)
-    records = run(resumed, loop.Config(**{**vars(settings), "out": str(tmp_path / "b"), "resume": True}))
-    assert [r["step"] for r in records] == [2]
-    assert equal(straight, resumed)
-    first, second = ((tmp_path / x / "log.jsonl").read_text().splitlines() for x in "ab")
-    assert [json.loads(line)["loss"] for line in first] == [json.loads(line)["loss"] for line in second]
-    assert len(first) == 2
+    records = run(resumed, config(tmp_path / "b", resume=True, **settings))
+    assert [r["step"] for r in records] == [2] and equal(straight, resumed)
+    first, second = ([line["loss"] for line in files.read_log(tmp_path / x / "log.jsonl")] for x in "ab")
+    assert first == second and len(first) == 2
 
 
 KILLED = (("moco", 3), ("byol", -1))
@@ -118,26 +109,7 @@ def test_a_killed_run_is_resumed_exactly(name, killed):
     resumed = make(name)
     run(resumed, config(killed / name, steps=6, resume=True))
     assert equal(straight, resumed)
-    lines = (killed / name / "log.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-
-
-def test_resumes_in_a_row_are_exact(tmp_path):
-    """Left twice within one pass of six steps, then exactly at its end, each time before the next checkpoint was
-    written."""
-    settings = dict(steps=9, batch=4, save_every=1)
-    straight = make("moco")
-    losses = [record["loss"] for record in run(straight, config(None, **settings))]
-    found = {}
-    for left_at in (3, 5, 7, None):
-        method = make("moco")
-        for record in loop.fit(method, pictures(), config(tmp_path, resume=left_at != 3, **settings)):
-            found[record["step"]] = record["loss"]
-            if record["step"] == left_at:
-                break
-        if left_at:
-            assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == left_at - 1
-    assert equal(straight, method) and [found[step] for step in range(1, 10)] == losses
+    assert [line["step"] for line in files.read_log(killed / name / "log.jsonl")] == [1, 2, 3, 4, 5, 6]
 
 
 class Plain(nn.Module):
@@ -154,19 +126,17 @@ class Plain(nn.Module):
 
 def without_norm():
     torch.manual_seed(0)
-    return Rotation(Plain(), augment.build("contrastive", 64), hidden=8).double()
+    return Rotation(Plain(), augment.build("contrastive", 64), hidden=8)
 
 
 def trained_by_two(folder):
-    plain = without_norm().float()
+    plain, moco = without_norm(), make("moco")
     losses = [record["loss"] for record in run(plain, config(steps=4, accum=1))]
-    moco = make("moco")
     run(moco, config(steps=2, accum=2))
     np.save(folder / f"{dist.get_rank()}.npy", pictures(32).images)
     train.main(["--method", "simclr", "--data", str(folder / f"{dist.get_rank()}.npy"), "--encoder", "tiny",
-                "--out", str(folder / "run"), "--steps", "2",
-                "--batch", "16", "--size", "32", "--stem", "small", "--device", "cpu",
-                "--cache", str(folder / f"cache{dist.get_rank()}")])
+                "--out", str(folder / "run"), "--steps", "2", "--batch", "16", "--size", "32", "--stem", "small",
+                "--device", "cpu", "--cache", str(folder / f"cache{dist.get_rank()}")])
     return {"losses": torch.tensor(losses), "plain": plain.state_dict(), "moco": moco.state_dict()}
 
 
@@ -181,7 +151,7 @@ def by_two(folder):
 
 
 def test_two_processes_equal_accumulation_of_two(by_two):
-    one = without_norm().float()
+    one = without_norm()
     losses = torch.tensor([record["loss"] for record in run(one, config(steps=4, accum=2))])
     for result in by_two:
         assert torch.allclose(result["losses"], losses, atol=1e-6)
@@ -207,7 +177,7 @@ def test_between_logging_steps_nothing_is_read_back(optimizer, no_autocast):    
     """On the "meta" device, which has no values, two steps with accumulation and clipping go by; the third one is
     logged and fails."""
     settings = config(steps=3, optimizer=optimizer, accum=2, clip=1.0, log_every=3, device="meta")
-    running = loop.fit(without_norm().float(), pictures(), settings)
+    running = loop.fit(without_norm(), pictures(), settings)
     assert [next(running)["step"] for _ in range(2)] == [1, 2]
     with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
         next(running)
@@ -216,15 +186,13 @@ def test_between_logging_steps_nothing_is_read_back(optimizer, no_autocast):    
 def test_accumulation_equals_the_whole_batch():
     """The mean over micro-batches, not their sum: with a plain encoder the gradient of two halves is that of the
     whole."""
-    class Same(Plain):
-        pass
-    losses = {}
+    weights = {}
     for accum in (1, 2, 4):
         torch.manual_seed(0)
-        method = Reconstruct(Same())
+        method = Reconstruct(Plain())
         run(method, config(steps=3, accum=accum))
-        losses[accum] = method.encoder.conv.weight.detach().clone()
-    assert torch.allclose(losses[1], losses[2], atol=1e-6) and torch.allclose(losses[1], losses[4], atol=1e-6)
+        weights[accum] = method.encoder.conv.weight
+    assert torch.allclose(weights[1], weights[2], atol=1e-6) and torch.allclose(weights[1], weights[4], atol=1e-6)
 
 
 class Reconstruct(nn.Module):
@@ -278,25 +246,20 @@ def test_weights_shape_the_order():
 
 
 def test_rows_limit_what_is_learnt_from():
-    method = Reconstruct(Plain())
-    dataset, rows = pictures(), np.array([2, 3, 5, 7, 11, 13, 17, 19, 20, 21, 22, 23])
+    method, dataset, rows = Reconstruct(Plain()), pictures(), np.array([2, 3, 5, 7, 11, 13, 17, 19, 20, 21, 22, 23])
     run(method, config(), dataset, rows=rows)
-    allowed = dataset.images[rows].mean((1, 2, 3)) / 255
-    seen = torch.cat(method.seen).numpy()
-    assert all(np.abs(allowed - value).min() < 1e-5 for value in seen)
-    assert len({round(float(v), 5) for v in seen}) > 10
+    apart = np.abs(torch.cat(method.seen).numpy()[:, None] - dataset.images[rows].mean((1, 2, 3)) / 255)  # (36, 12)
+    assert apart.min(1).max() < 1e-5 and len(set(apart.argmin(1))) == 12
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_images_become_floats_between_zero_and_one(dtype, tmp_path):
-    dataset = pictures(6, 2, dtype=dtype)
-    np.save(tmp_path / "x.npy", dataset.images)
-    for source in (dataset.images, np.load(tmp_path / "x.npy", mmap_mode="r")):
-        (index, taken), (_, last) = feed.batches(source, [np.array([4, 1, 1]), np.array([0])], torch.device("cpu"))
-        assert taken.dtype == torch.float32
-        assert index.tolist() == [4, 1, 1]
-        assert np.allclose(taken.numpy(), dataset.images[[4, 1, 1]] / np.iinfo(dtype).max)
-        assert np.allclose(last.numpy(), dataset.images[[0]] / np.iinfo(dtype).max)
+    images, asked = pictures(6, 2, dtype=dtype).images, [np.array([4, 1, 1]), np.array([0])]
+    np.save(tmp_path / "x.npy", images)
+    for source in (images, np.load(tmp_path / "x.npy", mmap_mode="r")):
+        for rows, (index, taken) in zip(asked, feed.batches(source, asked, torch.device("cpu")), strict=True):
+            assert taken.dtype == torch.float32 and index.tolist() == rows.tolist()
+            assert np.allclose(taken.numpy(), images[rows] / np.iinfo(dtype).max)
 
 
 def test_reading_ahead_ends_with_the_caller():
@@ -308,8 +271,8 @@ def test_reading_ahead_ends_with_the_caller():
             asked.append(number)
             yield np.array([number])
     reading = feed.batches(pictures().images, parts(), torch.device("cpu"))
-    assert next(reading)[0].tolist() == [0] and asked == [0, 1]
-    assert next(reading)[0].tolist() == [1] and asked == [0, 1, 2]
+    for number in (0, 1):
+        assert next(reading)[0].tolist() == [number] and asked == [*range(number + 2)]
     reading.close()
     assert asked == [0, 1, 2] and threading.active_count() == threads
 
@@ -328,10 +291,7 @@ def test_targets_reach_the_views():
 
 class Explodes(Reconstruct):
     def forward(self, x):
-        return {"loss": super().forward(x)["loss"] * (math_inf if self.steps == 2 else 1.0)}
-
-
-math_inf = float("inf")
+        return {"loss": super().forward(x)["loss"] * (math.inf if self.steps == 2 else 1.0)}
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path):
@@ -340,33 +300,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 2
 
 
-def test_ctrl_c_saves_and_ends(tmp_path):
-    method, records = Reconstruct(Plain()), []
-    before = signal.getsignal(signal.SIGINT)
-    for record in loop.fit(method, pictures(), config(tmp_path, steps=3, save_every=100)):
-        records.append(record)
-        if record["step"] == 1:
-            signal.raise_signal(signal.SIGINT)
-    assert [r["step"] for r in records] == [1, 2]
-    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 2
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_groups_rates_clip_and_schedule():
+def test_rates_of_groups_and_schedule():
     method = Reconstruct(Plain())
-    before = method.encoder.conv.weight.detach().clone()
-    groups = [{"params": [method.encoder.conv.weight], "lr_scale": 0.0, "decays": True, "weight_decay": 0.0},
-              {"params": [method.encoder.conv.bias], "lr_scale": 1.0, "decays": False, "weight_decay": 0.0}]
-    bias = method.encoder.conv.bias.detach().clone()
-    records = run(method, config(warmup=1, steps=3), groups=groups)
-    assert torch.equal(before, method.encoder.conv.weight.detach())
-    assert not torch.equal(bias, method.encoder.conv.bias.detach())
+    conv, before = method.encoder.conv, copy.deepcopy(method.encoder.conv)
+    records = run(method, config(warmup=1), groups=[
+        {"params": [conv.weight], "lr_scale": 0.0, "decays": True, "weight_decay": 0.0},
+        {"params": [conv.bias], "lr_scale": 1.0, "decays": False, "weight_decay": 0.0}])
+    assert torch.equal(before.weight, conv.weight) and (before.bias - conv.bias).abs().max() > 1e-6
     assert [record["lr"] for record in records] == [0, pytest.approx(0.05), pytest.approx(0.025)]
-    clipped = Reconstruct(Plain())
-    clipped.load_state_dict(method.state_dict())
-    start = clipped.encoder.conv.weight.detach().clone()
-    run(clipped, config(clip=1e-4, options={"momentum": 0.0}, lr=1.0))
-    assert (clipped.encoder.conv.weight.detach() - start).norm() <= 1e-4 * (1 + 0.75 + 0.25) + 1e-7
 
 
 def test_compile_changes_no_saved_key(tmp_path, monkeypatch):
@@ -381,24 +322,13 @@ def test_compile_changes_no_saved_key(tmp_path, monkeypatch):
     assert torch.load(tmp_path / "b/encoder.pt", weights_only=True).keys() == plain.encoder.state_dict().keys()
 
 
-def test_half_precision_with_scaler_trains_and_resumes(tmp_path):
-    method = Reconstruct(Plain())
-    run(method, config(tmp_path, amp="fp16", save_every=2))
-    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert state["scaler"]["scale"] > 0 and state["step"] == 3
-    assert method.encoder.conv.weight.dtype == torch.float32
-
-
 def test_numbers_come_back_in_a_type_that_the_device_has(monkeypatch):
     """Apple's GPU has no float64."""
     asked = []
-    def as_tensor(value, dtype, device):
-        asked.append(dtype)
-        return torch.tensor(float(value))
-    monkeypatch.setattr(torch, "as_tensor", as_tensor)
-    assert loop.to_floats({"step": 3, "loss": 0.5}, 1, torch.device("mps")) == {"step": 3, "loss": 0.5}
-    loop.to_floats({"step": 3}, 1, torch.device("cpu"))
-    assert asked == [torch.float32, torch.float32, torch.float64]
+    monkeypatch.setattr(torch, "as_tensor", lambda value, dtype, device: asked.append(dtype) or torch.tensor(3.0))
+    for device in ("mps", "cpu"):
+        assert loop.to_floats({"step": 3}, 1, torch.device(device)) == {"step": 3}
+    assert asked == [torch.float32, torch.float64]
 
 
 def test_an_encoder_that_is_kept_is_there_before_its_checkpoint(tmp_path, monkeypatch):
@@ -415,18 +345,9 @@ def test_of_a_damaged_log_the_whole_lines_are_read(tmp_path):
     assert files.read_log(path) == [{"step": 1}, {"step": 4}]
 
 
-def test_misuse_is_told_in_one_line(tmp_path):
-    with pytest.raises(ValueError, match="must divide"):
-        run(Reconstruct(Plain()), config(accum=5))
+def test_no_row_is_nothing_to_learn_from():
     with pytest.raises(ValueError, match="no image"):
         run(Reconstruct(Plain()), config(), rows=[])
-    with pytest.raises(ValueError, match="--device nowhere"):
-        run(Reconstruct(Plain()), config(device="nowhere"))
-    run(Reconstruct(Plain()), config(tmp_path))
-    with pytest.raises(ValueError, match="belongs to another method"):
-        run(make("simclr"), config(tmp_path, resume=True))
-    with pytest.raises(ValueError, match="no such file"):
-        run(make("simclr"), config(tmp_path / "empty", resume=True))
 
 
 class Still(Reconstruct):
@@ -445,22 +366,21 @@ def test_decay_runs_to_its_end_and_spares_biases():
 
 
 def test_clipping_under_half_precision_is_that_of_full_precision():
-    moved = {}
     for amp in ("off", "fp16"):
         torch.manual_seed(0)
         method = Reconstruct(Plain())
-        start = method.encoder.conv.weight.detach().clone()
+        before = copy.deepcopy(method.encoder.conv)
         run(method, config(clip=1e-4, amp=amp, options={"momentum": 0.0}, lr=1.0))
-        moved[amp] = (method.encoder.conv.weight.detach() - start).norm().item()
-    assert moved["fp16"] == pytest.approx(moved["off"], rel=0.05)
+        moved = [(new - old).norm().item() for new, old in zip(method.encoder.parameters(), before.parameters())]
+        assert math.hypot(*moved) == pytest.approx(1e-4 * (1 + 0.75 + 0.25), rel=0.05)      # of rates 1, 0.75, 0.25
 
 
 def test_the_scaler_is_resumed(tmp_path):
-    run(without_norm().float(), config(tmp_path, amp="fp16"))
+    run(without_norm(), config(tmp_path, amp="fp16"))
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     state["scaler"]["scale"] = 1024.0
     torch.save(state, tmp_path / "checkpoint.pt")
-    run(without_norm().float(), config(tmp_path, amp="fp16", steps=4, resume=True))
+    run(without_norm(), config(tmp_path, amp="fp16", steps=4, resume=True))
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["scaler"]["scale"] == 1024
 
 
@@ -471,7 +391,7 @@ def test_the_exported_encoder_is_saved(tmp_path):
     for name in ("encoder.pt", "encoder-3.pt"):
         saved = torch.load(tmp_path / name, weights_only=True)["conv1.weight"]
         assert torch.equal(saved, method.target_encoder.conv1.weight)
-        assert not torch.equal(saved, method.encoder.conv1.weight)
+        assert (saved - method.encoder.conv1.weight).abs().max() > 1e-4
 
 
 def test_each_step_takes_its_own_gradient_in_training_mode():
@@ -501,17 +421,16 @@ def test_after_step_meets_the_new_weights():
     method = Watches(Plain())
     start = method.encoder.conv.weight.detach().clone()
     run(method, config(steps=1))
-    assert torch.equal(method.met, method.encoder.conv.weight) and not torch.equal(method.met, start)
+    assert torch.equal(method.met, method.encoder.conv.weight) and (method.met - start).abs().max() > 1e-6
 
 
 def test_views_are_drawn_from_the_seed_step_and_part():
+    drawn = []
+
     class Draws(Reconstruct):
         def views(self, images):
-            self.seen.append(torch.rand(()).item())
+            drawn.append(torch.rand(()).item())
             return (images,)
-    drawn = []
     for seed in (0, 1):
-        method = Draws(Plain())
-        run(method, config(seed=seed, accum=2))
-        drawn += method.seen
-    assert len(set(drawn)) == 12
+        run(Draws(Plain()), config(seed=seed, accum=2))
+    assert len(drawn) == len(set(drawn)) == 12

@@ -1,13 +1,12 @@
 """Relative, Jigsaw, Rubik and Together: labels tell what was done to the image, and undoing it restores the image."""
 
-import copy
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from medssl.jigsaw import Jigsaw, cut, permutation_set, shuffle, unshuffle
-from medssl.moco import MoCo
 from medssl.relative import Relative, neighbour
 from medssl.rotation import Rotation, rotate
 from medssl.rubik import Rubik, turn_over
@@ -29,7 +28,7 @@ def ramp(count, size):
 
 def paste(tiles, grid):
     """Tiles (B, T, C, h, w) side by side: (B, C, grid h, grid w)."""
-    return torch.cat([torch.cat(list(tiles[:, row * grid:(row + 1) * grid].unbind(1)), 3) for row in range(grid)], 2)
+    return torch.cat([torch.cat([*row.unbind(1)], 3) for row in tiles.split(grid, 1)], 2)
 
 
 def assert_uniform(labels, classes):
@@ -45,23 +44,22 @@ def assert_uniform(labels, classes):
 
 def test_undoing_the_label_restores_the_image():
     torch.manual_seed(0)
-    images = torch.rand(16, 2, 18, 18)
+    images, whole = torch.rand(16, 2, 18, 18), {"gap": 0, "jitter": 0, "width": 8, "hidden": 8}
     turned, turns = Rotation(tiny_encoder(), plain).views(images)
     assert torch.equal(rotate(turned, -turns), images) and not torch.equal(turned, images)
 
-    centre, other, position = Relative(tiny_encoder(), plain, gap=0, jitter=0, width=8, hidden=8).views(images)
-    row, column = (position + (position > 3)) // 3 * 6, (position + (position > 3)) % 3 * 6
-    for i in range(16):
-        assert torch.equal(centre[i], images[i, :, 6:12, 6:12])
-        assert torch.equal(other[i], images[i, :, row[i]:row[i] + 6, column[i]:column[i] + 6])
+    centre, other, position = Relative(tiny_encoder(), plain, **whole).views(images)
+    tiles = F.unfold(images, 6, stride=6).view(16, 2, 6, 6, 9).movedim(4, 1)                    # (16, 9, 2, 6, 6)
+    assert torch.equal(centre, tiles[:, 4])
+    assert torch.equal(other, tiles[torch.arange(16), position + (position > 3)])
 
     for grid in (2, 3):
-        jigsaw = Jigsaw(tiny_encoder(), plain, grid=grid, gap=0, jitter=0, width=8, hidden=8)
+        jigsaw = Jigsaw(tiny_encoder(), plain, grid=grid, **whole)
         tiles, which = jigsaw.views(images)
         assert torch.equal(paste(unshuffle(tiles, jigsaw.orders[which]), grid), images)
         assert not torch.equal(paste(tiles, grid), images)
 
-    rubik = Rubik(tiny_encoder(), plain, gap=0, jitter=0, width=8, hidden=8)
+    rubik = Rubik(tiny_encoder(), plain, **whole)
     tiles, which, turning, masked = rubik.views(images)
     assert not masked.any()
     assert torch.equal(paste(unshuffle(turn_over(tiles, turning), rubik.orders[which]), 3), images)
@@ -109,7 +107,6 @@ def test_permutations_are_far_apart(tiles, mean):
     distance = (orders[:, None] != orders).sum(2)[~torch.eye(100, dtype=torch.bool)]
     assert distance.min() >= 5 and distance.double().mean() >= mean
     assert torch.equal(orders, permutation_set(tiles, 100, seed=0))
-    assert not torch.equal(orders, permutation_set(tiles, 100, seed=1))
 
 
 def test_there_are_no_more_permutations_than_the_factorial():
@@ -121,15 +118,13 @@ def test_there_are_no_more_permutations_than_the_factorial():
 
 
 def test_greedy_choice_equals_a_naive_one():
-    chosen, rest = [], sorted(permutation_set(4, 24, seed=0).tolist())
-    chosen.append(rest.pop(0))
+    def key(order):
+        distances = [sum(a != b for a, b in zip(order, other)) for other in chosen]
+        return min(distances), sum(distances)
+    first, *rest = sorted(permutation_set(4, 24, seed=0).tolist())
+    chosen = [first]
     while len(chosen) < 12:
-        def key(order):
-            distances = [sum(a != b for a, b in zip(order, other)) for other in chosen]
-            return min(distances), sum(distances)
-        best = max(rest, key=key)                                           # the first of the best, as in argmax
-        chosen.append(best)
-        rest.remove(best)
+        chosen.append(rest.pop(rest.index(max(rest, key=key))))             # the first of the best, as in argmax
     assert permutation_set(4, 12, seed=0).tolist() == chosen
 
 
@@ -163,14 +158,10 @@ def test_relative_leaves_the_gap_and_moves_the_patches():
 # ---- losses and heads ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("method, words, head, widths", [
-    (Rubik, {}, "order_head", [576, 1024, 1024, 100]),
-    (Rubik, {}, "tile_heads.horizontal", [576, 1024, 9]),
     (Rubik, {"mask": True, "deep_heads": True}, "tile_heads.mask", [576, 1024, 1024, 9]),
-    (Relative, {}, "head", [4096, 2048, 2048, 8]),                          # the study's in 2D, then in 3D
     (Relative, {"width": 64, "hidden": 1024, "depth": 1}, "head", [128, 1024, 8]),
-    (Jigsaw, {}, "head", [4608, 4096, 100]),
     (Jigsaw, {"width": 64, "hidden": 1024, "depth": 2}, "head", [576, 1024, 1024, 100])])
-def test_head_depths_are_the_study_s(method, words, head, widths):
+def test_head_depths_of_the_study_in_3d(method, words, head, widths):
     layers = method(tiny_encoder(), plain, **words).get_submodule(head)
     linear = [layer for layer in layers if isinstance(layer, torch.nn.Linear)]
     assert [linear[0].in_features, *(layer.out_features for layer in linear)] == widths
@@ -187,19 +178,16 @@ def test_rubik_losses_and_answers(mask):
     out = rubik(*views)
     assert torch.isclose(out["loss"], sum(out[term] for term in terms) * (1 if mask else 0.5))
 
-    answers = {"horizontal": turning == 1, "vertical": turning == 2, "mask": views[-1]}
-    right = torch.nn.functional.one_hot(which, 100) * 100.0
-    rubik.order_head.forward = lambda z: right
-    for name in rubik.tile_heads:
-        rubik.tile_heads[name].forward = lambda z, a=answers[name]: a * 200.0 - 100
-    out = rubik(*views)
+    def answered(order, **tiles):
+        rubik.order_head.forward = lambda z: order
+        for name in rubik.tile_heads:
+            rubik.tile_heads[name].forward = lambda z, a=tiles[name]: a
+        return rubik(*views)
+    out = answered(F.one_hot(which, 100) * 100.0, horizontal=200.0 * (turning == 1) - 100,
+                   vertical=200.0 * (turning == 2) - 100, mask=200.0 * views[-1] - 100)
     assert out["loss"] < 1e-6 and all(out[f"{term}_accuracy"] == 1 for term in terms)
-
-    rubik.order_head.forward = lambda z: torch.zeros(400, 100)
-    for name in rubik.tile_heads:
-        rate = 0.5 if name == "mask" else 1 / 3
-        rubik.tile_heads[name].forward = lambda z, r=rate: torch.full((400, 9), math.log(r / (1 - r)))
-    out = rubik(*views)
+    third = torch.full((400, 9), 1 / 3).logit()
+    out = answered(torch.zeros(400, 100), horizontal=third, vertical=third, mask=torch.zeros(400, 9))
     assert out["loss"].item() == pytest.approx(out["chance"], abs=0.02)
 
 
@@ -226,32 +214,32 @@ def test_each_image_is_judged_by_its_own_tiles(method):
 
 # ---- together --------------------------------------------------------------------------------------------------------
 
-def together(weights=None):
+def together(weights=None, **builders):
+    """Rotation, and other parts on the same encoder."""
     torch.manual_seed(0)
     encoder = tiny_encoder()
-    parts = {"rotation": Rotation(encoder, plain), "simclr": SimCLR(encoder, Flip())}
-    return Together(encoder, plain, parts, weights)
+    parts = {name: build(encoder) for name, build in builders.items()}
+    return Together(encoder, plain, {"rotation": Rotation(encoder, plain), **parts}, weights)
+
+
+def simclr(encoder):
+    return SimCLR(encoder, Flip())
 
 
 def test_together_is_the_sum_of_its_parts():
-    both = together({"simclr": 0.25})
-    images = batch(6)
+    both, images = together({"simclr": 0.25}, simclr=simclr), batch(6)
     torch.manual_seed(1)
-    views = both.views(images)
-    out = both(*views)
+    out = both(*both.views(images))
     torch.manual_seed(1)
-    rotation, simclr = (part(*part.views(images)) for part in both.parts.values())
-    torch.testing.assert_close(out["loss"], rotation["loss"] + 0.25 * simclr["loss"])
+    one, two = (part(*part.views(images)) for part in both.parts.values())
+    torch.testing.assert_close(out["loss"], one["loss"] + 0.25 * two["loss"])
     assert out["chance"] == pytest.approx(math.log(4) + 0.25 * math.log(11))
-    torch.testing.assert_close(out["rotation.accuracy"], rotation["accuracy"])
-    torch.testing.assert_close(out["embedding"], simclr["embedding"])
+    torch.testing.assert_close(out["rotation.accuracy"], one["accuracy"])
+    torch.testing.assert_close(out["embedding"], two["embedding"])
     assert "restored" not in out
-
-    out["loss"].backward()
-    gradient = both.encoder.conv1.weight.grad.clone()
-    both.zero_grad()
-    (rotation["loss"] + 0.25 * simclr["loss"]).backward()
-    assert torch.allclose(gradient, both.encoder.conv1.weight.grad, rtol=1e-4, atol=1e-7)
+    gradients = [torch.autograd.grad(loss, both.encoder.conv1.weight)[0]
+                 for loss in (out["loss"], one["loss"] + 0.25 * two["loss"])]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
 
 
 class Teller(torch.nn.Module):
@@ -272,36 +260,15 @@ class Teller(torch.nn.Module):
 
 
 def test_parts_get_their_targets_and_their_own_outputs():
-    torch.manual_seed(0)
-    encoder = tiny_encoder()
-    teller = Teller(encoder)
-    both = Together(encoder, plain, {"rotation": Rotation(encoder, plain), "teller": teller})
+    both = together(teller=Teller)
     labels, groups = torch.arange(4), torch.arange(4) + 10
     outs = [both(*both.views(batch(4, seed=seed), labels=labels, groups=groups)) for seed in (0, 1)]
     assert "chance" not in outs[0] and torch.equal(outs[0]["restored"], batch(4))
     both.after_step(outs, 0.5)
-    heard, progress = teller.heard
+    heard, progress = both.parts["teller"].heard
     assert progress == 0.5 and len(heard) == 2 and set(heard[0]) == {"loss", "groups", "labels", "restored"}
     assert torch.equal(heard[0]["groups"], groups) and torch.equal(heard[0]["labels"], labels)
     assert torch.equal(heard[1]["restored"], batch(4, seed=1)) and heard[1]["loss"] is outs[1]["teller.loss"]
-
-
-def test_a_queue_and_an_average_move_as_they_do_alone():
-    torch.manual_seed(0)
-    encoder = tiny_encoder()
-    part = MoCo(encoder, Flip(), queue_size=32)
-    both = Together(encoder, plain, {"moco": part, "rotation": Rotation(encoder, plain)})
-    for p in encoder.parameters():
-        p.data.add_(0.01)                                                  # so that the average has something to follow
-    alone, start = copy.deepcopy(part), copy.deepcopy(part.state_dict())
-    views = both.views(batch(8))
-    both.after_step([both(*views)], 0.5)
-    alone.after_step([alone(*views[0])], 0.5)
-    state = {name: value for name, value in part.state_dict().items() if not name.startswith("encoder.")}
-    for name, value in state.items():
-        torch.testing.assert_close(value, alone.state_dict()[name])
-    # the average moves by a thousandth of .01, the queue's new rows and the statistics by more
-    assert sum(bool((value - start[name]).abs().max() > 5e-6) for name, value in state.items()) > 10
 
 
 @pytest.mark.parametrize("names", [("rotation", "spark"), ("spark", "rotation")])
@@ -320,23 +287,9 @@ def test_spark_leaves_the_other_parts_alone(names):
     out["loss"].backward()                                                 # both went through the same BatchNorm layers
 
 
-def test_together_has_one_encoder_and_loads_its_own_state():
-    both, other = together(), together()
-    names = [name for name, _ in both.named_parameters()]
-    assert len(names) == len(set(names)) and sum("layer1.0.conv1" in name for name in names) == 1
-    with torch.no_grad():
-        for p in both.parameters():
-            p.add_(torch.randn_like(p))
-    other.load_state_dict(both.state_dict())
-    assert all(torch.equal(a, b) for a, b in zip(both.state_dict().values(), other.state_dict().values()))
-    assert all(part.encoder is other.encoder for part in other.parts.values())
-
-
 def test_a_part_on_another_encoder_is_refused():
-    encoder = tiny_encoder()
-    rotation = Rotation(encoder, plain)
     with pytest.raises(ValueError, match="simclr: built on another encoder"):
-        Together(encoder, plain, {"rotation": rotation, "simclr": SimCLR(tiny_encoder(), plain)})
+        together(simclr=lambda encoder: simclr(tiny_encoder()))
 
 
 @pytest.mark.parametrize("method", [Relative, Jigsaw, Rubik])

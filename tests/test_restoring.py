@@ -11,19 +11,10 @@ import torch.nn.functional as F
 from medssl import METHODS, genesis
 from medssl.autoencoder import Autoencoder, grey_error
 from medssl.common import augment, config, unet
-from medssl.genesis import Genesis, boxes, curve_map, even_error, in_paint, out_paint, random_bands, shuffle_blocks
+from medssl.genesis import Genesis, boxes, curve_map, even_error, in_paint, out_paint, shuffle_blocks
 from medssl.pcrl import PCRL, transform, undo
 from tests.common import batch, tiny_encoder
-
-
-def plain(images):
-    return images
-
-
-def ramp(count, size):
-    """Every pixel holds its own row and column (count, 2, size, size)."""
-    line = torch.arange(float(size))
-    return torch.stack(torch.meshgrid(line, line, indexing="ij")).repeat(count, 1, 1, 1)
+from tests.test_pretext import plain, ramp
 
 
 def differs(a, b):
@@ -57,23 +48,19 @@ def test_genesis_leaves_the_target_alone_but_for_flips():
 def test_genesis_distorts_as_often_as_published():
     torch.manual_seed(1)
     images = torch.rand(800, 1, 20, 20) * 0.9 + 0.05
-    changed = {}
-    for word in ("shuffle", "intensity", "paint"):
-        others = dict.fromkeys({"shuffle", "intensity", "paint"} - {word}, 0)
+    shares = {"shuffle": 0.5, "intensity": 0.9, "paint": 0.9 * (0.8 + 0.2 * 0.95)}      # in-painting may draw no box
+    for word, share in shares.items():
+        others = dict.fromkeys(shares.keys() - {word}, 0)
         distorted, target = Genesis(tiny_encoder(), plain, None, 0.5, **others).views(images)
         assert torch.equal(target, images)
-        changed[word] = differs(distorted, target)
-    assert_share(changed["shuffle"], 0.5)
-    assert_share(changed["intensity"], 0.9)
-    assert_share(changed["paint"], 0.9 * (0.8 + 0.2 * 0.95))                # in-painting may draw no box
+        assert_share(differs(distorted, target), share)
     assert_share(distorted[:, 0, 0, 0] != target[:, 0, 0, 0], 0.9 * 0.8)    # only out-painting reaches the corner
 
 
 def test_genesis_distortions_follow_each_other(monkeypatch):
-    monkeypatch.setattr(genesis, "local_shuffle", lambda x: x.flip(3))
-    monkeypatch.setattr(genesis, "bezier_map", lambda x: 1 - x)
-    for name in ("in_paint", "out_paint"):
-        monkeypatch.setattr(genesis, name, lambda x: x / 2)
+    for name, distort in (("local_shuffle", lambda x: x.flip(3)), ("bezier_map", lambda x: 1 - x),
+                          ("in_paint", lambda x: x / 2), ("out_paint", lambda x: x / 2)):
+        monkeypatch.setattr(genesis, name, distort)
     distorted, target = Genesis(tiny_encoder(), plain, None, 0.5, shuffle=1, intensity=1, paint=1).views(batch(4))
     assert torch.allclose(distorted, (1 - target.flip(3)) / 2) and torch.equal(target, batch(4))
 
@@ -109,10 +96,7 @@ def test_half_of_the_curves_fall_and_each_image_has_its_own():
     line = torch.linspace(0, 1, 64).view(1, 1, 8, 8).repeat(600, 3, 1, 1)
     y = genesis.bezier_map(line)
     flat = y[:, 0].flatten(1)                                               # (600, 64)
-    falls = flat[:, 0] > flat[:, -1]
-    assert_share(falls, 0.5)
-    assert torch.allclose(flat[:, [0, -1]].sort(1).values, torch.tensor([0.0, 1.0]), atol=1e-5)
-    assert (flat[~falls].diff(dim=1) >= -1e-5).all()
+    assert_share(flat[:, 0] > flat[:, -1], 0.5)
     assert torch.equal(y[:, 0], y[:, 1]) and len(flat.unique(dim=0)) == 600
 
 
@@ -150,16 +134,6 @@ def test_local_shuffle_moves_pixels_as_far_as_the_published_loop():
             expected = (each * widths / widths.sum()).sum().item()
             assert abs((shift == k).float().mean().item() - expected) < 0.015
     assert (moved - images).abs().max() == largest - 1
-
-
-def test_bands_are_as_wide_as_stated():
-    torch.manual_seed(6)
-    bands = random_bands(torch.empty(500, 1, 40, 8), 2)                     # (500, 40)
-    assert bands.shape == (500, 40) and (bands.diff(dim=1) >= 0).all() and (bands.diff(dim=1) <= 1).all()
-    inner = torch.cat([torch.unique_consecutive(row, return_counts=True)[1][1:-1] for row in bands])
-    counts = torch.bincount(inner, minlength=5).float()
-    assert len(counts) == 5 and counts[0] == 0 and (counts[1:] / counts.sum() - 0.25).abs().max() < 0.03
-    assert random_bands(torch.empty(2, 1, 8, 8), 2).diff(dim=1).eq(1).all()             # too small: nothing to shuffle
 
 
 @pytest.mark.parametrize("paint,low,high", [(in_paint, 1 / 6, 1 / 3), (out_paint, 3 / 7, 4 / 7)])
@@ -277,8 +251,6 @@ def test_control_vectors_say_what_was_done_and_can_be_undone():
     for image, result, bits in zip(images, moved, code.int().tolist()):
         expected = image.flip([dim for dim, bit in ((2, bits[0]), (1, bits[1])) if bit])
         assert torch.equal(result, expected.rot90(bits[2:].index(1), (1, 2)))
-    same = torch.rand(1, 1, 9, 9).expand(16, -1, -1, -1)
-    assert len(transform(same, code).flatten(1).unique(dim=0)) == 8         # the symmetries of the square, each twice
 
 
 def test_pcrl_views():
@@ -286,14 +258,12 @@ def test_pcrl_views():
     images = torch.rand(1200, 1, 12, 12)
     x1, x2, *targets, codes, alpha, order = pcrl_method().views(images)
     assert len(targets) == 3 and codes.shape == (1200, 3, 6)
-    for target, code in zip(targets, codes.unbind(1)):
+    for target, code, other in zip(targets, codes.unbind(1), codes.roll(1, 1).unbind(1)):
         torch.testing.assert_close(undo(target, code), images)              # views and mixture are the image
         assert set(code.unique().tolist()) == {0.0, 1.0} and (code[:, 2:].sum(1) == 1).all()
         for bit, share in enumerate((0.5, 0.5, 0.25, 0.25, 0.25, 0.25)):
             assert_share(code[:, bit] > 0, share)
-    one, two, three = codes.unbind(1)                                       # each picture is turned in its own way
-    for a, b in ((one, two), (one, three), (two, three)):
-        assert_share((a == b).all(1), 1 / 16)
+        assert_share((code == other).all(1), 1 / 16)                        # each picture is turned in its own way
     for x in (x1, x2):
         assert_share(differs(x, images), 0.9 * (0.8 + 0.2 * 0.95))          # in-painting may draw no box
     around = [x[:, 0, 0, 0] != images[:, 0, 0, 0] for x in (x1, x2)]        # only out-painting reaches the corner
@@ -314,12 +284,13 @@ def test_pcrl_targets_are_its_views_before_painting_and_their_mixture():
 
 
 def test_pcrl_terms_by_hand():
-    method = pcrl_method().eval()
+    method = pcrl_method().eval().double()                                  # one code moves a mean by little
     for p in (*method.key_encoder.parameters(), *method.key_projector.parameters()):
         p.mul_(1 + 0.5 * torch.rand_like(p))                                # no longer copies of the trained ones
-    x1, x2, *targets = (batch(4, seed=seed)[..., :62, :62] for seed in range(5))
-    alpha = torch.tensor([0.5, 0.7, 0.9, 1.0])
-    some = torch.stack([codes()[[1, 6, 11, 12]], codes()[[3, 2, 7, 0]], codes()[[5, 9, 15, 4]]], 1)     # (4, 3, 6)
+    method.control[-1].weight.data.mul_(30)                                 # gates are far from a half
+    x1, x2, *targets = (batch(4, seed=seed)[..., :62, :62].double() for seed in range(5))
+    alpha = torch.tensor([0.5, 0.7, 0.9, 1.0]).double()
+    some = torch.stack([codes()[[1, 6, 11, 12]], codes()[[3, 2, 7, 0]], codes()[[5, 9, 15, 4]]], 1).double()
     out = method(x1, x2, *targets, some, alpha, torch.tensor([2, 0, 3, 1]))
     share = alpha.view(-1, 1, 1, 1)
     new, old = method.encoder.features(x1), method.key_encoder.features(x2)
@@ -327,21 +298,21 @@ def test_pcrl_terms_by_hand():
     pictures = []
     for name, maps, target, code in zip(("", "_key", "_mix"), (new, old, mixed), targets, some.unbind(1)):
         gate = torch.sigmoid(method.control(code))[:, :, None, None]
-        pictures.append(0.4 + method.decoder(maps[:-1] + [maps[-1] * gate])[..., :62, :62])     # no sigmoid
-        assert torch.allclose(out["restoration" + name], (pictures[-1] - target).square().mean(), atol=1e-6)
+        pictures.append(method.level + method.decoder(maps[:-1] + [maps[-1] * gate])[..., :62, :62])                  # no sigmoid
+        torch.testing.assert_close(out["restoration" + name], (pictures[-1] - target).square().mean())
     pooled = [maps[-1].mean((2, 3)) for maps in (new, old, mixed)]
     q, k, m = (F.normalize(head(z), dim=1) for head, z in
                zip((method.projector, method.key_projector, method.projector), pooled))
-    assert torch.allclose(out["keys"], k, atol=1e-6)                        # whatever the order they were encoded in
-    assert torch.allclose(out["mixed"], m, atol=1e-6) and not out["mixed"].requires_grad
+    torch.testing.assert_close((out["keys"], out["mixed"]), (k, m))         # whatever the order they were encoded in
+    assert not out["mixed"].requires_grad
     for name, key in (("contrast", k), ("contrast_mix", m)):
         logits = torch.cat([(q * key).sum(1, keepdim=True), q @ method.queue.T], 1) / 0.2
-        assert torch.allclose(out[name], F.cross_entropy(logits, torch.zeros(4).long()), atol=1e-5)
+        torch.testing.assert_close(out[name], F.cross_entropy(logits, torch.zeros(4).long()))
     restorations = sum(out["restoration" + name] for name in ("", "_key", "_mix"))
-    assert torch.allclose(out["loss"], (out["contrast"] + out["contrast_mix"]) / 2 + restorations / 3)
+    torch.testing.assert_close(out["loss"], (out["contrast"] + out["contrast_mix"]) / 2 + restorations / 3)
     greys = sum(t.var((2, 3), correction=0).mean() for t in targets) / 3
-    assert torch.allclose(out["chance"], math.log(21) + greys)
-    assert torch.allclose(transform(out["restored"], some[:, 0]), pictures[0].clamp(0, 1), atol=1e-6)
+    torch.testing.assert_close(out["chance"], math.log(21) + greys)
+    torch.testing.assert_close(transform(out["restored"], some[:, 0]), pictures[0].clamp(0, 1))
 
 
 def test_where_the_gradients_of_the_terms_go():
@@ -353,23 +324,8 @@ def test_where_the_gradients_of_the_terms_go():
     for term, expected in reached.items():
         method.zero_grad()
         method(*views)[term].backward()
-        grads = {name: p.grad for name, p in method.named_parameters() if p.grad is not None}
-        parts = {name.split(".")[0] for name, grad in grads.items() if grad.abs().max() > 1e-5}
-        assert parts == expected, term
-
-
-def test_every_bit_of_a_control_vector_has_an_effect_on_its_own_picture():
-    method = pcrl_method().double()
-    *views, codes, alpha, order = method.views(batch(3, size=32).double())
-    one = method(*views, codes, alpha, order)
-    terms = ("restoration", "restoration_key", "restoration_mix")
-    for bit in range(6):
-        for which, term in enumerate(terms):
-            turned = codes.clone()
-            turned[::2, which, bit] = 1 - codes[::2, which, bit]
-            other = method(*views, turned, alpha, order)
-            moved = {t: abs(one[t] - other[t]).item() for t in (*terms, "contrast", "contrast_mix")}
-            assert moved.pop(term) > 1e-5 and max(moved.values()) < 1e-9, (bit, term)
+        assert {name.split(".")[0] for name, p in method.named_parameters()
+                if p.grad is not None and p.grad.abs().max() > 1e-5} == expected, term
 
 
 def test_pcrl_queue_and_slow_copy():
@@ -381,9 +337,8 @@ def test_pcrl_queue_and_slow_copy():
         for p in (*method.encoder.parameters(), *method.projector.parameters()):
             p.add_(1)
     method.after_step([out], 0.5)
-    assert torch.equal(method.queue[7:12], out["keys"])                     # the keys, and then the mixtures
-    assert torch.equal(method.queue[[12, 13, 0, 1, 2]], out["mixed"]) and torch.equal(method.queue[3:7], queue[3:7])
-    assert method.pointer == 3
+    rolled = method.queue.roll(-7, 0)                                       # the keys, and then the mixtures
+    assert torch.equal(rolled, torch.cat([out["keys"], out["mixed"], queue[3:7]])) and method.pointer == 3
     for name in ("key_encoder", "key_projector"):
         for new, old in zip(getattr(method, name).parameters(), getattr(before, name).parameters()):
             assert torch.allclose(new, old + 0.1, atol=1e-5)

@@ -1,7 +1,6 @@
 """The command line of train.py: one clear line and exit status 2 for every misuse, nothing half-written; a run leaves
 what it promises."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -15,11 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-import medssl
 import train
-from medssl import METHODS, byol
+from medssl import METHODS, byol, moco
 from medssl.common import cli, config, data, encoders, features, files, loop, metrics, optim
 from medssl.common.monitor import Monitor
+from medssl.rotation import Rotation
 from tests.common import TINY, Flip, batch
 
 FAST = ["--size", "32", "--stem", "default", "--batch", "16", "--steps", "3", "--log-every", "1", "--device", "cpu"]
@@ -98,12 +97,30 @@ def test_a_run_leaves_what_it_promises(folder, capsys):
     assert "note: taken: " in said and "left out: " in said                 # the head, the queue, the slow copies
 
 
-def test_resume_needs_nothing_but_the_folder(split):
+def at_each_step(monkeypatch, do):
+    """Calls do(step) before the first step, and after each one before its record is passed on."""
+    original = loop.fit
+
+    def fit(*args, **words):
+        do(0)
+        for record in original(*args, **words):
+            do(record["step"])
+            yield record
+    monkeypatch.setattr(loop, "fit", fit)
+
+
+def test_resume_needs_nothing_but_the_folder(split, monkeypatch):
     """Weights, log and pictures of a run that was killed and resumed are those of the uninterrupted run."""
     words = ["--method", "byol", "--data", str(split), "--deal", "1", *FAST]
     train.main([*words, "--out", "whole"])
     state = torch.load("whole/checkpoint.pt", weights_only=True)
-    interrupt_after(2, [*words, "--out", "again", "--save-every", "1"])
+
+    def kill(step):
+        if step == 3:                                                       # not saved yet
+            raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        at_each_step(patch, kill)
+        train.main([*words, "--out", "again", "--save-every", "1"])
     assert torch.load("again/checkpoint.pt", weights_only=True)["step"] == 2
     Path("again/.encoder.pt.1234.part").write_bytes(b"half")
     shutil.copy("whole/encoder.pt", "again/encoder.pt")                     # of a later step than the checkpoint
@@ -121,33 +138,14 @@ def test_resume_needs_nothing_but_the_folder(split):
         assert Path("again", name).read_bytes() == Path("whole", name).read_bytes(), name
 
 
-def interrupt_after(count, words):
-    """A run that is left in the middle, as by kill."""
-    original = train.loop.fit
-
-    def fit(*args, **kwargs):
-        for i, record in enumerate(original(*args, **kwargs)):
-            if i == count:
-                raise KeyboardInterrupt
-            yield record
-    train.loop.fit = fit
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            train.main(words)
-    finally:
-        train.loop.fit = original
-
-
 def test_a_config_that_does_not_do_and_a_checkpoint_of_another_method(split, capsys):
     train.main(["--method", "simclr", "--data", str(split), *FAST, "--out", "run"])
     whole = json.loads(Path("run/config.json").read_text())
     old = {key: value for key, value in whole["arguments"].items() if key != "deal"}
-    for content, said in (("{", "damaged"), (json.dumps(whole | {"arguments": 5}), "damaged"),
-                          (json.dumps(whole | {"arguments": whole["arguments"] | {"parts": 5}}), "damaged"),
-                          (json.dumps(whole | {"data": None}), "damaged"),
-                          (json.dumps(whole | {"arguments": old}), "earlier version")):
-        Path("run/config.json").write_text(content)
-        assert said in fails(capsys, "--resume", "--out", "run"), content[:80]
+    for content, said in (({"arguments": 5}, "damaged"), ({"arguments": whole["arguments"] | {"parts": 5}}, "damaged"),
+                          ({"data": None}, "damaged"), ({"arguments": old}, "earlier version")):
+        Path("run/config.json").write_text(json.dumps(whole | content))
+        assert said in fails(capsys, "--resume", "--out", "run"), content
     Path("run/config.json").write_text(json.dumps(whole))
     train.main(["--method", "rotation", "--data", str(split), *FAST, "--out", "other"])
     shutil.copy("other/checkpoint.pt", "run/checkpoint.pt")
@@ -196,33 +194,23 @@ def test_a_fall_within_its_error_is_not_told(split):
 
 
 def test_views_are_drawn_before_the_first_step_and_the_rest_at_each_look(split, monkeypatch):
-    seen, fit = [], train.loop.fit
-
-    def watched(*args, **words):
-        seen.append({path.name for path in Path("run").glob("*.png")})
-        for record in fit(*args, **words):
-            yield record
-            seen.append({path.name for path in Path("run").glob("*.png")})
-    monkeypatch.setattr(train.loop, "fit", watched)
+    seen = []
+    at_each_step(monkeypatch, lambda step: seen.append({path.name for path in Path("run").glob("*.png")}))
     train.main(["--method", "genesis", "--data", str(split), *FAST, "--out", "run"])
-    assert seen[0] == {"views.png"} and seen[1] == {"views.png", "curves.png", "spectrum.png", "restored.png"}
+    assert seen[0] == {"views.png"} and seen[2] == {"views.png", "curves.png", "spectrum.png", "restored.png"}
     mean = json.loads(Path("run/config.json").read_text())["encoder"]["mean"]
     level = torch.load("run/checkpoint.pt", weights_only=True)["method"]["level"]           # where its pictures begin
     assert level.sigmoid().flatten().tolist() == pytest.approx(mean)
 
 
 def test_after_ctrl_c_the_last_line_goes_on(split, monkeypatch, capsys):
-    fit = train.loop.fit
-
-    def interrupted(*args, **words):
-        for record in fit(*args, **words):
-            if record["step"] == 1:
-                signal.raise_signal(signal.SIGINT)
-            yield record
-    monkeypatch.setattr(train.loop, "fit", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    at_each_step(monkeypatch, lambda step: step == 1 and signal.raise_signal(signal.SIGINT))
     train.main(["--method", "simclr", "--data", str(split), *FAST, "--out", "my run"])
     said = capsys.readouterr().out.strip().splitlines()
     assert said[-1] == "next: python train.py --resume --out 'my run'" and any("2 of 3 steps" in line for line in said)
+    assert torch.load("my run/checkpoint.pt", weights_only=True)["step"] == 2
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_failed_start_leaves_nothing(folder, monkeypatch):
@@ -255,37 +243,31 @@ def test_a_full_disk_is_a_line_and_the_last_checkpoint_is_kept():
     assert Path("run/checkpoint.pt").read_bytes() == before and not list(Path("run").glob(".*.part"))
 
 
-WRONG = [                           # words, what is said
-    (["--method", "simclear"], "did you mean simclr"), (["--method", "byol+byol"], "no part may stand twice"),
-    (["--encoder", "resnet19"], "invalid choice"), (["--steps", "0"], "--steps"), (["--bach", "3"], "--bach"),
-    (["--epochs", "1"], "not allowed with"), (["--methd", "simclr"], "did you mean --method"),
-    (["--set", "temprature=1"], "did you mean temperature"), (["--set", "temperature=hot"], "float"),
-    (["--set", "temperature"], "write name=value"), (["--set", "temperature=1e999"], "not a finite number"),
-    (["--set", "temperature=" + "+" * 5000], "float"), (["--set", "decoder.skips=False"], "has no decoder"),
-    (["--set", f"dim={10**15}"], "--set dim="), (["--accum", "3"], "must divide"),
-    (["--weight-decay", "-1"], "--weight-decay"), (["--weight-decay", "nan"], "--weight-decay"),
-    (["--seed", "-1"], "--seed"), (["--seed", str(2**63)], "--seed"), (["--init", ""], "--init"),
-    (["--init", "nothing.pt"], "no such file"), (["--options", "trust=0.1"], "option of adamw 'trust'"),
-    (["--options", "betas=(0.9,)"], "--options of adamw"), (["--optimizer", "sgd", "--options", "momentum=-1"], "-1"),
-    (["--optimizer", "lars", "--options", "eps=x"], "--options of lars"),
-    (["--optimizer", "lamb", "--options", "betas=(0,0,0)"], "--options of lamb"), (["--warmup", "9"], "--warmup"),
-    (["--batch", "1"], "--batch"), (["--batch", str(2**40)], "--batch"), (["--accum", "6", "--batch", "6"], "--batch"),
-    (["--size", "99999"], "--size"), (["--device", "cuda:x"], "--device"), (["--device", "nothing"], "--device"),
-    (["--data", "nowhere"], "nowhere"), (["--data", "empty"], "empty"), (["--data", "~nosuchuser/x"], "nosuchuser"),
-    (["--data", "loop"], "loop"), (["--data", "a\udcff"], "--data"), (["--out", "file/run"], "file"),
-    (["--out", "old"], "holds checkpoint.pt already; --resume"), (["--out", "loop"], "loop"),
-]
+WRONG = {                           # words: what is said
+    "--method simclear": "did you mean simclr", "--method byol+byol": "no part may stand twice",
+    "--steps 0": "--steps", "--methd simclr": "did you mean --method", "--accum 3": "must divide",
+    "--set temprature=1": "did you mean temperature", "--set temperature=hot": "float",
+    "--set temperature": "write name=value", "--set temperature=1e999": "not a finite number",
+    "--set decoder.skips=False": "has no decoder", f"--set dim={10**15}": "--set dim=",
+    "--weight-decay -1": "--weight-decay", "--weight-decay nan": "--weight-decay", f"--seed {2**63}": "--seed",
+    "--init nothing.pt": "no such file", "--options trust=0.1": "option of adamw 'trust'",
+    "--options betas=(0.9,)": "--options of adamw", "--optimizer sgd --options momentum=-1": "-1",
+    "--optimizer lars --options eps=x": "--options of lars", "--warmup 9": "--warmup", "--batch 1": "--batch",
+    f"--batch {2**40}": "--batch", "--accum 6 --batch 6": "--batch", "--size 99999": "--size",
+    "--device cuda:x": "--device", "--device nothing": "--device", "--data nowhere": "nowhere",
+    "--data empty": "empty", "--data ~nosuchuser/x": "nosuchuser", "--data loop": "loop", "--data a\udcff": "--data",
+    "--out file/run": "file", "--out old": "holds checkpoint.pt already; --resume", "--out loop": "loop",
+}
 
 
-@pytest.mark.parametrize(("words", "said"), WRONG, ids=[" ".join(words)[:30] for words, _ in WRONG])
+@pytest.mark.parametrize(("words", "said"), WRONG.items(), ids=map(ascii, WRONG))
 def test_wrong_words(words, said, folder, capsys):
     Path("empty").mkdir()
     Path("old").mkdir()
     Path("old/checkpoint.pt").write_bytes(b"")
     Path("file").write_text("")
     Path("loop").symlink_to("loop")
-    first = ["--data", folder, "--method", "simclr", *FAST]
-    assert said in fails(capsys, *first, *words)
+    assert said in fails(capsys, "--data", folder, "--method", "simclr", *FAST, *words.split())
     assert not Path("runs").exists()
 
 
@@ -322,10 +304,6 @@ def complete(*words, count=1000, side=64, channels=1, fixed_length=False):
     return args
 
 
-def set_small(monkeypatch, name, words):
-    monkeypatch.setattr(sys.modules[METHODS[name].__module__], "SMALL", words, raising=False)
-
-
 def test_recipes_become_settings():
     """The rate is given per 256 images for SGD and the like, and as it stands for Adam; epochs become steps."""
     paper = ["--preset", "paper", "--encoder", "tiny", "--size", "64"]
@@ -342,8 +320,7 @@ def test_recipes_become_settings():
 
 
 def test_the_small_preset_looks_at_the_set(monkeypatch):
-    for name in ("moco", "medmoco"):
-        set_small(monkeypatch, name, {})
+    monkeypatch.setattr(moco, "SMALL", {})
     small = lambda *words, **found: complete("--method", "moco", *words, **found)           # noqa: E731
     assert [small(side=side).size for side in (28, 56, 64, 90, 96, 336)] == [64, 64, 64, 96, 96, 96]
     args = small()
@@ -361,8 +338,8 @@ def test_the_small_preset_looks_at_the_set(monkeypatch):
 
 
 def test_what_a_method_needs_stands_beside_its_recipe(monkeypatch):
-    set_small(monkeypatch, "moco", {"temperature": 0.5, "views": "xray", "steps": 700, "stem": "nopool", "lr": 0.5,
-                                    "batch": 16})
+    monkeypatch.setattr(moco, "SMALL", {"temperature": 0.5, "views": "xray", "steps": 700, "stem": "nopool", "lr": 0.5,
+                                        "batch": 16})
     args = complete("--method", "moco", count=100)
     assert (args.steps, args.stem, args.lr, args.batch) == (1200, "nopool", 0.5, 16)
     assert args.parts["moco"].views == "xray"
@@ -404,54 +381,31 @@ def test_a_set_is_looked_at_without_decoding_it(folder, split, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-MINE = """
-import torch
-from torch import nn
+class Mine(Rotation):
+    __module__ = Rotation.__module__                                        # whose recipe it takes
 
-RECIPE = {"optimizer": "adam", "lr": 1e-3, "weight_decay": 0.0, "batch": 8, "epochs": 1, "warmup": 0,
-          "views": "plain", "size": 32}
-SMALL = {}
-
-
-class Mine(nn.Module):
     def __init__(self, encoder, augment, wrong=0):
-        super().__init__()
-        self.encoder, self.wrong = encoder, wrong
+        super().__init__(encoder, augment)
+        self.wrong = wrong
         if wrong == 1:
             raise ValueError("wrong is 1; it must be 0")
 
     def views(self, images):
-        if self.wrong == 3:
-            first, second = (1, 2, 3)
-        return (images,)
+        x, turns = (1, 2, 3) if self.wrong == 3 else super().views(images)
+        return x, turns
 
-    def forward(self, x):
-        return {"loss": nn.functional.cross_entropy(self.encoder(x), torch.zeros(3, dtype=torch.long))}
-
-    def after_step(self, outs, progress):
-        pass
-"""
+    def forward(self, x, turns):
+        return super().forward(x, turns[:3])
 
 
-def test_a_mistake_in_the_code_keeps_its_traceback(tmp_path, folder, monkeypatch, capsys):
-    (tmp_path / "mine.py").write_text(MINE)
-    spec = importlib.util.spec_from_file_location("mine", tmp_path / "mine.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "mine", module)
-    spec.loader.exec_module(module)
-    monkeypatch.setitem(METHODS, "mine", module.Mine)
+def test_a_mistake_in_the_code_keeps_its_traceback(folder, monkeypatch, capsys):
+    monkeypatch.setitem(METHODS, "mine", Mine)
     words = ["--method", "mine", "--data", str(folder), *FAST]
     assert "mine (--set wrong=1): wrong is 1" in fails(capsys, *words, "--set", "wrong=1")
     for wrong, message in ((3, "too many values"), (4, "batch_size")):
         with pytest.raises(ValueError, match=message):
             cli.run(lambda wrong=wrong: train.main([*words, "--set", f"wrong={wrong}"]))
     assert not Path("runs/mine-pictures0/checkpoint.pt").exists()
-
-
-def test_a_batch_larger_than_the_set_is_told(folder, capsys):
-    train.main(["--method", "rotation", "--data", str(folder), "--out", "run", *FAST, "--batch", "64", "--steps", "1"])
-    said = capsys.readouterr().out
-    assert "--batch 32 avoids it" in said and "--split" in said and "no kNN" in said
 
 
 def test_a_look_at_the_exported_encoder_leaves_the_method_in_its_mode(split):
@@ -465,10 +419,3 @@ def test_a_look_at_the_exported_encoder_leaves_the_method_in_its_mode(split):
     assert method.train() and np.isnan(monitor.look(method, 1)["rank_me"])  # the target's features are all nought
     assert method.training and method.encoder.bn1.training
     assert method.eval() and monitor.look(method, 2) and not method.training
-
-
-def test_help_and_version(capsys):
-    for flag, said in (("--help", "simclr"), ("--version", f"medssl {medssl.__version__}")):
-        with pytest.raises(SystemExit) as stopped:
-            train.main([flag])
-        assert stopped.value.code == 0 and said in capsys.readouterr().out
