@@ -33,30 +33,30 @@ def main(argv=None):
     Path(args.out).mkdir(parents=True, exist_ok=True)
     with open(Path(args.out) / "scores.csv", "w", newline="") as file:
         lines = csv.writer(file, lineterminator="\n")
-        lines.writerow(["set", "deal", *over_seeds.CELL, "metric", "row", "score"])
+        lines.writerow(["set", "results", "deal", *over_seeds.CELL, "metric", "row", "score"])
         lines.writerows(scores)
-    draw([line for line in scores if line[2] in args.tasks], args.rows, Path(args.out) / "gains.png")
+    draw([line for line in scores if line[3] in args.tasks], args.rows, Path(args.out) / "gains.png")
 
 
 def scores_of(name, folder):
-    """[set, deal, *cell, row, score] of all that a script left for one set."""
+    """[set, results, deal, *cell, row, score] of all that a script left for one set."""
     for path in sorted(Path(folder).glob("seed*/results/*/results.csv")):
         deal = re.search(r"seed(\d+)", str(path))[1]
         for (cell, row), score in over_seeds.read(path).items():
             if cell[0] != "collapse":
-                yield [name, deal, *cell, row, f"{score:.4f}"]
+                yield [name, path.parent.name, deal, *cell, row, f"{score:.4f}"]
 
 
 def draw(scores, rows, path):
     """Gains over random weights of the same deal; one group for each set and read-out."""
-    known = {(tuple([name, *cell]), deal, row): float(score) for name, deal, *cell, row, score in scores}
-    groups, series, ends = list(dict.fromkeys(group for group, *_ in known)), {}, {}
+    known = {((name, results, *cell), deal, row): float(score) for name, results, deal, *cell, row, score in scores}
+    groups, series, ends = list(dict.fromkeys(group for group, _, row in known if row in rows)), {}, {}
     for row in rows:
         gains = [[known[group, deal, row] - known[group, deal, "random"] for deal in deals_of(known, group, row)]
                  for group in groups]
         series[row] = [np.mean(each) if each else np.nan for each in gains]
         ends[row] = list(zip(*(over_seeds.interval(each, 0.95) for each in gains)))
-    words = [f"{name}, {over_seeds.words(tuple(cell))}" for name, *cell in groups]
+    words = [f"{name}, {over_seeds.words(tuple(cell))}" for name, _, *cell in groups]
     pictures.bars(pictures.Bars(words, series, "Gain over random weights, 95 % t intervals over deals of the patients",
                                 "gain", ends, {"no gain": 0}), path)
 

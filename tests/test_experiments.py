@@ -65,7 +65,7 @@ def test_several_sets_in_one_table(tmp_path):
         write(folder / "results.csv", {"random": before, "medmoco": after})
     collect.main([f"cells={tmp_path / 'x'}", "--out", str(tmp_path / "out"), "--tasks", "knn"])
     lines = (tmp_path / "out/scores.csv").read_text().splitlines()
-    assert len(lines) == 5 and lines[-1] == "cells,1,knn,1.0,,,,balanced_accuracy,medmoco,0.5400"
+    assert len(lines) == 5 and lines[-1] == "cells,frozen,1,knn,1.0,,,,balanced_accuracy,medmoco,0.5400"
     assert (tmp_path / "out/gains.png").is_file()
 
 
