@@ -42,7 +42,7 @@ class Monitor:
             return "the images have no labels"
         if self.dataset.splits is None:
             return ("the images are not split; `python -m medssl.common.data DATA --to FOLDER --split 0.7 0.1 0.2` "
-                    "deals them out")
+                    "deals them out, with --group-by by patient")
         if not len(self.val):
             return "no validation image has a label"
         if len(np.unique(self.dataset.labels[self.train])) < 2:
