@@ -422,9 +422,7 @@ def test_wrong_words(home, capsys):
 def test_damaged_weights(home, capsys):
     state = torch.load(home / "run/encoder.pt", weights_only=True)
     torch.save(state | {"bn1.weight": torch.full((8,), float("nan"))}, "nan.pt")
-    torch.save({"conv1.weight": torch.zeros(5, 1, 3, 3)}, "other.pt")
-    for name, word in (("nan", "not finite"), ("other", "other.pt: ")):
-        assert word in fails(capsys, f"{name}.pt", "--data", home / "set", *CPU)
+    assert "not finite" in fails(capsys, "nan.pt", "--data", home / "set", *CPU)
     Path("nan.json").write_text(json.dumps({"name": "vit", "stem": "default"}))
     assert "unknown encoder in the .json of nan.pt 'vit'" in fails(capsys, "nan.pt", "--data", home / "set", *CPU)
 
