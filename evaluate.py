@@ -38,12 +38,12 @@ def main(argv=None):
     args = parse(argv)
     study = open_study(args, loop.processes(args.device)[2])
     chosen = choose_tasks(args, study)
-    study.out = choose_folder(args, study) if chosen else None
+    study.out = results_folder(args, study) if chosen else None
     for kind in sorted({TASKS[name].target for name in chosen} - {None}):
         study.targets[kind] = subsets.find_target(study.dataset, study.groups, kind, study.note)
         study.targets[kind].per_patient = args.per == "patient"
     for name in chosen:
-        tasks.check(study, name)
+        tasks.check_answers(study, name)
     cells = [cell for name in chosen for cell in cells_of(args, name)]
     report.say(study, cells)
     if args.export:
@@ -54,7 +54,7 @@ def main(argv=None):
         keep.open_folder(study)                                             # fails now rather than after an hour
         records, stopped = fit_all(study, cells)
         if records:
-            write(study, records, stopped)
+            write_results(study, records, stopped)
         if stopped:
             raise KeyboardInterrupt
 
@@ -74,7 +74,7 @@ def choose_tasks(args, study):
     return list(dict.fromkeys(args.task))
 
 
-def choose_folder(args, study):
+def results_folder(args, study):
     """--out, or the first free results/NAME. Finished results are never written over."""
     if args.out and keep.was_stopped(Path(args.out)):
         return Path(args.out)
@@ -109,7 +109,7 @@ def fit_all(study, cells):
                     study.forget_random()
                 last = seed, model.name
                 bar.set_postfix_str(f"{model.name}, {cell.task}, seed {seed}", refresh=False)
-                records.append(tasks.run(study, cell, model, seed))
+                records.append(tasks.record_of(study, cell, model, seed))
                 bar.update()
         except KeyboardInterrupt:
             tqdm.write(f"stopped: what was done so far is written; the same command with --out {study.out} goes on")
@@ -117,13 +117,13 @@ def fit_all(study, cells):
     return records, False
 
 
-def write(study, records, stopped):
+def write_results(study, records, stopped):
     """Everything into the study's folder, results.json last: what is without it can be gone on with. Then the tables on
     the terminal."""
     summaries, differences = report.summarise(study, records)
     report.write_csv(study, records)
     names = figures.draw(study, records, summaries)
-    report.write_json(study, records, summaries, differences, stopped)
+    report.write_results_json(study, records, summaries, differences, stopped)
     report.print_results(study, summaries, differences)
     print(f"in {study.out}: results.json, results.csv; fits, the answers to each test image; pictures "
           + ", ".join(names))

@@ -39,7 +39,7 @@ def main(argv=None):
     say = print if rank == 0 else lambda *_: None
     loop.count_parts(args.batch, args.accum, world)                         # or the line that says why not
     if not args.resume:
-        args.out = choose_folder(args, world)
+        args.out = run_folder(args, world)
     headline(args, say)
     dataset = data.load(source, args.size, args.channels, args.label, args.cache)
     if args.deal is not None:
@@ -48,7 +48,7 @@ def main(argv=None):
     rows = dataset.rows(*data.LEARNT_FROM)
     if not len(rows):
         raise UserError(f"{args.data}: no image to learn from, none is of the split train or unlabeled")
-    method, first = build(args, dataset, say)
+    method, first = build_method(args, dataset, say)
     say(f"{len(rows)} images {'x'.join(map(str, dataset.images.shape[1:]))} of {dataset.name}, "
         f"{sum(p.numel() for p in first.parameters()) / 1e6:.1f} M weights in {args.encoder}, on {device}")
     for note in notes(args, len(rows)):
@@ -66,10 +66,10 @@ def main(argv=None):
             say(f"what the method sees: {out / 'views.png'}")
         done, seconds = train(method, monitor, dataset, rows, config.training(args))
     if rank == 0:
-        report(monitor, args, done, seconds)
+        last_words(monitor, args, done, seconds)
 
 
-def choose_folder(args, world):
+def run_folder(args, world):
     """Where the run is to leave what it leaves."""
     stem = f"runs/{args.method}-{Path(args.data).stem or 'data'}"
     out = files.free_folder(args.out, stem, RUN, "--resume goes on with that run, another --out starts afresh")
@@ -89,7 +89,7 @@ def headline(args, say):
                 "images: else images meet old embeddings of their own as negatives")
 
 
-def build(args, dataset, say):
+def build_method(args, dataset, say):
     """The method, and the encoder before training. What --init brings is in it before slow copies are made of it."""
     channels = dataset.images.shape[1]
     torch.manual_seed(args.seed)                                            # the same first weights in every process
@@ -211,7 +211,7 @@ def check_resume(parser, args):
         parser.error(f"--resume needs --out and takes the rest from its config.json{leave}")
 
 
-def report(monitor, args, done, seconds):
+def last_words(monitor, args, done, seconds):
     """In words what came out, and the command that comes next."""
     out, latest = shlex.quote(args.out), monitor.latest
     if done is None:

@@ -27,6 +27,7 @@ def main(argv=None):
     parser.add_argument("--out", required=True, metavar="DIR")
     parser.add_argument("--rows", nargs="+", default=["medmoco", "thumbnails", "statistics", "medmoco+statistics"],
                         help="of the chart")
+    parser.add_argument("--tasks", nargs="+", default=["linear", "segment"], help="of the chart")
     args = parser.parse_args(argv)
     scores = [line for name in args.sets for line in scores_of(*name.split("=", 1))]
     Path(args.out).mkdir(parents=True, exist_ok=True)
@@ -34,11 +35,11 @@ def main(argv=None):
         lines = csv.writer(file, lineterminator="\n")
         lines.writerow(["set", "deal", *over_seeds.CELL, "metric", "row", "score"])
         lines.writerows(scores)
-    draw(scores, args.rows, Path(args.out) / "gains.png")
+    draw([line for line in scores if line[2] in args.tasks], args.rows, Path(args.out) / "gains.png")
 
 
 def scores_of(name, folder):
-    """(set, deal, cell, row, score) of all that a script left for one set."""
+    """[set, deal, *cell, row, score] of all that a script left for one set."""
     for path in sorted(Path(folder).glob("seed*/results/*/results.csv")):
         deal = re.search(r"seed(\d+)", str(path))[1]
         for (cell, row), score in over_seeds.read(path).items():

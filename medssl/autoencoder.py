@@ -43,7 +43,7 @@ RECIPE = {                       # Zhang et al. 2023, the released settings for 
     "size": 512,
 }
 
-SMALL = {}                       # as in RECIPE: error .008 after 300 steps on phantoms, an even picture .053 (presets.md)
+SMALL = {}                       # as in RECIPE: error .008 after 300 steps on phantoms, an even one .053 (presets.md)
 
 
 class Autoencoder(nn.Module):

@@ -324,7 +324,8 @@ def test_the_cache_follows_the_files(tmp_path):
     os.utime(tmp_path / "set/1.bmp", (1, 1))
     dataset = data.load(tmp_path / "set", 32)
     np.testing.assert_array_equal(dataset.images[1, 0], changed)
-    data.load(tmp_path / "set", 16)
+    before = np.array(first.images[1])
+    assert (data.load(tmp_path / "set", 16).images[1] != before).any()
     assert len(list((tmp_path / "cache").iterdir())) == 2                   # what was decoded before is gone
 
 
@@ -433,9 +434,12 @@ def test_copies_are_dropped_and_the_test_one_is_kept(tmp_path):
     near[0, 0] ^= 1
     save(tmp_path / "set/near.png", near)
     table(tmp_path / "set", "file,split,group\n0.png,train,p0\n1.png,train,p1\n2.png,train,p2\ncopy.png,test,p3\n"
-                            "near.png,train,p1\n")
+                            "near.png,train,p1\nother.png,train,p5\n")
+    near = pixels(2)
+    near[0, 0] ^= 1
+    save(tmp_path / "set/other.png", near)                                  # of another patient: it stays
     rows, _ = written(tmp_path, "--dedupe")
-    assert sorted(row["file"] for row in rows) == ["images/1.png", "images/2.png", "images/copy.png"]
+    assert sorted(row["file"] for row in rows) == [f"images/{name}.png" for name in ("1", "2", "copy", "other")]
 
 
 def test_what_cannot_be_read_is_skipped_if_asked(tmp_path, capsys):
@@ -500,15 +504,20 @@ def test_volumes_become_slices_with_masks(tmp_path, sitk):
         values[5:35, 4:28, 3:] = np.random.default_rng(n).integers(-100, 200, (30, 24, 9))
         mask = np.zeros(values.shape, np.uint8)
         mask[10:20, 10:20, 6] = 1
+        values[10:20, 10:20, 6] = 240
+        mask[1:3, 1:3, 0] = 1                                               # in a slice of air
         nifti(tmp_path / f"set/images/p{n}.nii", values, np.eye(3, 4))
         nifti(tmp_path / f"set/labels/p{n}.nii", mask)                      # a header that says nothing
     refused(["p0.nii", "--to"], tmp_path / "set")
     rows, dataset = written(tmp_path, "--window", -160, 240, "--split", 0.34, 0.33, 0.33)
-    assert len(rows) == 27 and len(set(row["group"] for row in rows)) == 3  # three slices of each hold nothing but air
+    assert len(rows) == 30 and len(set(row["group"] for row in rows)) == 3  # two slices of each hold nothing but air
     assert sorted(set(dataset.splits)) == ["test", "train", "val"] and dataset.classes == ("0", "1")
-    assert sum((mask == 1).any() for mask in dataset.masks) == 3
-    one = dataset.images[next(i for i, mask in enumerate(dataset.masks) if (mask == 1).any()), 0]
-    assert abs(one[one > 0].mean() - (50 + 160) / 400 * 255) < 20
+    marked = [i for i, mask in enumerate(dataset.masks) if (mask == 1).any()]
+    assert len(marked) == 6
+    image, mask = max(((dataset.images[i, 0], dataset.masks[i]) for i in marked), key=lambda pair: (pair[1] == 1).sum())
+    assert image[mask == 1].mean() > 220                                    # the mask lies where its image is bright
+    rest = image[(image > 0) & (image < 240)]
+    assert abs(rest.mean() - (50 + 160) / 400 * 255) < 20
     nifti(tmp_path / "set/labels/p0.nii", mask[:-1])
     with pytest.raises(UserError, match="p0.nii"):
         run(tmp_path, "--to", tmp_path / "other")

@@ -433,7 +433,7 @@ def test_rows_are_named_after_runs(home):
     paths = "a", "a/encoder.pt", "a/encoder-20.pt", "a/checkpoint.pt", "checkpoint.pt", "a+statistics", "statistics"
     args = SimpleNamespace(encoder="tiny", stem="default")
     names = ["a", "a", "a@20", "a", "checkpoint", "a+statistics", "statistics"]
-    assert [study.describe(path, args).name for path in paths] == names
+    assert [study.model_of(path, args).name for path in paths] == names
     assert study.file_name("a/b c@10") == "a_b_c@10"
 
 

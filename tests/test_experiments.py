@@ -17,6 +17,7 @@ from tests.common import batch
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 
 import byol_segmentation  # noqa: E402
+import collect  # noqa: E402
 import commands  # noqa: E402
 import does_it_help  # noqa: E402
 import every_method  # noqa: E402
@@ -55,6 +56,17 @@ def test_over_seeds_by_hand(tmp_path, capsys):
     assert table[1][5:] == [f"{mean:+.3f}"] + [f"[{mean - t * error:+.3f}, {mean + t * error:+.3f}]"
                                                for t in (4.3027, 9.9248)]
     assert (tmp_path / "chart.png").is_file()
+
+
+def test_several_sets_in_one_table(tmp_path):
+    for deal, (before, after) in enumerate([(0.5, 0.6), (0.4, 0.54)]):
+        folder = tmp_path / f"x/seed{deal}/results/frozen"
+        folder.mkdir(parents=True)
+        write(folder / "results.csv", {"random": before, "medmoco": after})
+    collect.main([f"cells={tmp_path / 'x'}", "--out", str(tmp_path / "out"), "--tasks", "knn"])
+    lines = (tmp_path / "out/scores.csv").read_text().splitlines()
+    assert len(lines) == 5 and lines[-1] == "cells,1,knn,1.0,,,,balanced_accuracy,medmoco,0.5400"
+    assert (tmp_path / "out/gains.png").is_file()
 
 
 def test_a_work_in_little(tmp_path, monkeypatch, capsys):

@@ -358,7 +358,7 @@ def test_neighbours_are_so_few_that_a_small_class_can_win(monkeypatch):
         args = evaluate.parse(["--neighbours", str(neighbours)])
         study = Study(args, None, torch.device("cpu"), [], np.arange(35), targets={"labels": target},
                       kept={("random", None): (torch.ones(35, 3), "")})
-        tasks.run(study, tasks.Cell("knn", "1.0"), Model("random", "tiny", "default"), 0)
+        tasks.record_of(study, tasks.Cell("knn", "1.0"), Model("random", "tiny", "default"), 0)
         assert study.notes == notes
     assert asked == [5, 4]
 

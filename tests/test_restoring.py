@@ -298,7 +298,7 @@ def test_pcrl_terms_by_hand():
     pictures = []
     for name, maps, target, code in zip(("", "_key", "_mix"), (new, old, mixed), targets, some.unbind(1)):
         gate = torch.sigmoid(method.control(code))[:, :, None, None]
-        pictures.append(method.level + method.decoder(maps[:-1] + [maps[-1] * gate])[..., :62, :62])    # no sigmoid
+        pictures.append(method.level + method.decoder(maps[:-1] + [maps[-1] * gate])[..., :62, :62])  # no sigmoid
         torch.testing.assert_close(out["restoration" + name], (pictures[-1] - target).square().mean())
     pooled = [maps[-1].mean((2, 3)) for maps in (new, old, mixed)]
     q, k, m = (F.normalize(head(z), dim=1) for head, z in

@@ -87,7 +87,9 @@ def test_a_run_leaves_what_it_promises(folder, capsys):
     assert "--init run" in fails(capsys, "--resume", "--out", "run", "--steps", "9")
     train.main(["--method", "rotation+simclr", "--data", str(folder), "--encoder", "tiny", "--init",
                 "run/checkpoint.pt", "--out", "next", "--set", "simclr.temperature=0.2", "rotation.weight=0.5", *FAST])
-    assert f"starting from run/checkpoint.pt: {len(before)} of {len(before)} tensors" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"starting from run/checkpoint.pt: {len(before)} of {len(before)} tensors" in said
+    assert "note: taken: " in said and "left out: " in said                 # the head, the queue, the slow copies
 
 
 def at_each_step(monkeypatch, do):

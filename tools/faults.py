@@ -631,8 +631,6 @@ FAULTS = {                                                                  # fi
         ("near copies across patients", "near.setdefault(group, [])", 'near.setdefault("", [])', "data -k copies"),
         ("near copies kept", "if group and others and differing.min() <= NEAR:", "if False:", "data -k copies"),
         ("of copies the training one kept", '{"test": 0, "val": 1}', '{"test": 4, "val": 3}', "data -k copies"),
-        ("patients by name", 'f"patient {patients.setdefault(patient, len(patients) + 1)}"', "patient",
-         "data -k formats"),
         ("written onto what is there", "if os.path.lexists(folder) and", "if False and", "data -k written"),
     ],
     "medssl/common/evaluation": [
@@ -729,10 +727,10 @@ FAULTS = {                                                                  # fi
         ("gray weights not shared among three channels", ".repeat(1, 3, 1, 1) / 3", ".repeat(1, 3, 1, 1)",
          "evaluate -k exports"),
         ("results.json first", """    report.write_csv(study, records)
-""", """    report.write_json(study, records, summaries, differences, stopped)
+""", """    report.write_results_json(study, records, summaries, differences, stopped)
     report.write_csv(study, records)
 """, "evaluate -k goes_on"),
-        ("tasks not tried before the first fit", "        tasks.check(study, name)\n", "        pass\n",
+        ("tasks not tried before the first fit", "        tasks.check_answers(study, name)\n", "        pass\n",
          "evaluate -k several_classes or another_shape or wrong_words"),
     ],
     "experiments/over_seeds.py": [

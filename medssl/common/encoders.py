@@ -173,7 +173,7 @@ def load(source, encoder, note=lambda line: None):
         if not made and stem in ("default", "nopool"):
             note(f"{name} does not say its stem, and default and nopool have the same keys: {stem} is assumed")
     flat = dict(flatten(source))
-    faults, prefix, state = read(flat, encoder)
+    faults, prefix, state = matched_to(flat, encoder)
     if faults:
         try:
             hint = "try --encoder {} --stem {} --channels {}".format(*kind_of(flat), state["conv1.weight"].shape[1])
@@ -191,7 +191,7 @@ def kind_of(state):
     flat, refused = dict(flatten(state)), []
     for name, stem in itertools.product(ENCODERS, ("default", "small")):
         with torch.device("meta"):                                          # keys and shapes, no numbers
-            faults = read(flat, build(name, stem=stem))[0]
+            faults = matched_to(flat, build(name, stem=stem))[0]
         if not faults:
             return name, stem
         refused.append((len(faults), f"as {name} with stem {stem}: {faults[0]} ({len(faults)} faults)"))
@@ -212,7 +212,7 @@ def flatten(content, prefix="", depth=5):
 NOT_TAKEN = re.compile(r"(^|[._])(k|key|momentum|target|ema|student)[._]")
 
 
-def read(flat, encoder):
+def matched_to(flat, encoder):
     """(faults, prefix, state dict): the encoder's tensors, which stand in the file under one prefix. A prefix with all
     of them has no faults; where there is none, the best one tells what is wrong."""
     own, readings = encoder.state_dict(), []

@@ -77,7 +77,7 @@ def batches(images, parts, device):
     reader, now = ThreadPoolExecutor(1), None
     try:
         for index in itertools.chain(parts, [None]):
-            then = None if index is None else (index, reader.submit(read, images, index, device))
+            then = None if index is None else (index, reader.submit(read_rows, images, index, device))
             if now:
                 yield now[0], to_float(now[1].result().to(device, non_blocking=True), images.dtype)
             now = then
@@ -96,7 +96,7 @@ def resident(images, parts, device):
         yield index, to_float(pictures, images.dtype)
 
 
-def read(images, rows, device):
+def read_rows(images, rows, device):
     """The rows as a tensor of the set's own type, from where they travel fast."""
     order = np.argsort(rows)                                        # ascending reads, for the sake of disks
     pictures = np.empty((len(rows), *images.shape[1:]), images.dtype)

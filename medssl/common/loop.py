@@ -78,7 +78,7 @@ def fit(method, dataset, config, rows=None, weights=None, groups=None):
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
     start = restore(config, method, optimizer, scaler, rank) if config.resume else 0
     log = files.Log(Path(config.out) / "log.jsonl" if config.out and rank == 0 else None, start)
-    model, call = wrap(method, config, world)
+    model, call = parallel(method, config, world)
     dtype = AMP[config.amp]
     first_bad = torch.full((), -1, device=device)                   # the first step with a loss that is not finite
 
@@ -126,7 +126,7 @@ def fit(method, dataset, config, rows=None, weights=None, groups=None):
                 encoders.save(encoders.exported(method), Path(config.out) / f"encoder-{step + 1}.pt")
             if last or (step + 1) % config.save_every == 0:
                 stop_at(first_bad, config)
-                save(config, step + 1, method, optimizer, scaler, rank)
+                save_run(config, step + 1, method, optimizer, scaler, rank)
             if last:
                 return
 
@@ -142,7 +142,7 @@ def count_parts(batch, accum, world):
     return parts
 
 
-def wrap(method, config, world):
+def parallel(method, config, world):
     """The method as several processes train it, and that as it is called."""
     model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(method) if config.sync_bn and world > 1 else method
     if world > 1:                                           # statistics stay each rank's own; rank 0's are saved
@@ -199,7 +199,7 @@ def stop_at(first_bad, config):
                         + (f"; the last good checkpoint is in {config.out}" if kept else ""))
 
 
-def save(config, step, method, optimizer, scaler, rank):
+def save_run(config, step, method, optimizer, scaler, rank):
     """checkpoint.pt holds everything a resumed run needs; encoder.pt what other programs want."""
     if not config.out or rank:
         return

@@ -109,11 +109,11 @@ class Monitor:
         return feed.make_views(method, feed.batch(self.dataset.images, rows, self.device), nobody, rows)
 
     def draw_views(self, method):
-        pictures.views_sheet(flat(self.views(method)), self.out / "views.png")
+        pictures.views_sheet(tensors_of(self.views(method)), self.out / "views.png")
 
     def draw_restored(self, views, restored):
         """Beside what was restored: the view itself under a mask; of (distorted, target) the target; else the image."""
-        views = flat(views)
+        views = tensors_of(views)
         shown = [tensor for tensor in views if tensor.ndim == 4 and tensor.is_floating_point()]
         images = feed.batch(self.dataset.images, self.fixed[:8], "cpu")
         clean = {1: shown[0], 2: shown[-1]}.get(len(shown), images)
@@ -143,6 +143,6 @@ class Monitor:
         return shown | {names[key]: f"{value:.2f}" for key, value in self.latest.items() if key in names}
 
 
-def flat(views):
+def tensors_of(views):
     """The tensors of the views, also of several methods together, on the CPU."""
     return tuple(tensor.cpu() for view in views for tensor in (view if isinstance(view, tuple) else (view,)))

@@ -65,7 +65,7 @@ def split(dataset, fractions=(0.7, 0.1, 0.2), seed=0):
     first, each to the split that is emptiest of the group's classes."""
     fractions = check_fractions(fractions)                                  # (3,)
     splits = new_splits(dataset, np.arange(len(dataset)), fractions, seed)
-    return replace(dataset, splits=splits, **statistics(dataset, splits, fractions))
+    return replace(dataset, splits=splits, **mean_and_std(dataset, splits, fractions))
 
 
 def new_splits(dataset, rows, fractions, seed, large_first=True):
@@ -87,7 +87,7 @@ def new_splits(dataset, rows, fractions, seed, large_first=True):
     return np.array(["train", "val", "test"])[side][group]
 
 
-def statistics(dataset, splits, fractions):
+def mean_and_std(dataset, splits, fractions):
     """Mean and deviation of the images that are learnt from."""
     learnt = np.flatnonzero(np.isin(splits, LEARNT_FROM)) if fractions[0] else np.arange(len(dataset))
     parts = np.array_split(learnt, len(learnt) // 32 + 1)
@@ -105,7 +105,7 @@ def deal(dataset, seed):
     splits = np.full(len(dataset), "unlabeled")
     if len(rows):
         splits[rows] = new_splits(dataset, rows, fractions, seed, large_first=False)
-    return replace(dataset, splits=splits, **statistics(dataset, splits, fractions))
+    return replace(dataset, splits=splits, **mean_and_std(dataset, splits, fractions))
 
 
 def shares(side, counts):
@@ -143,6 +143,11 @@ def check_fractions(fractions):
     if fractions.shape != (3,) or (fractions < 0).any() or not abs(fractions.sum() - 1) <= 1e-6:     # a nan, too
         raise UserError(f"split {' '.join(map(str, fractions))}: give shares of train, val and test that add up to 1")
     return fractions
+
+
+def by(shape):
+    """A shape in words."""
+    return " x ".join(map(str, shape))
 
 
 def unit(images):

@@ -27,7 +27,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from ..errors import UserError
-from .dataset import LEARNT_FROM, Dataset, moments, numbered, pooled, refuse_leaks
+from .dataset import LEARNT_FROM, Dataset, by, moments, numbered, pooled, refuse_leaks
 from .sources import existing, header, naming, rows_of, stack_of
 
 SAMPLE = 16                                                                 # images that size, channels, type rest on
@@ -151,10 +151,6 @@ def mask_of(path, image, name):
     return mask.astype(np.uint8)
 
 
-def by(shape):
-    return " x ".join(map(str, shape))
-
-
 def pixel_hash(image):
     """64 bits that equal images share; 0 for an image of one single value, which is nobody's copy."""
     if image.min() == image.max():
@@ -228,11 +224,11 @@ def stamps(source):
             lines.append(f"{file} {state.st_size} {state.st_mtime_ns}")
         except OSError:
             missing.append(f"{file}: no such file")
-    complain(source, missing)
+    refuse_files(source, missing)
     return lines
 
 
-def complain(source, problems):
+def refuse_files(source, problems):
     """Error that lists what is wrong with some of a source's images."""
     if problems:
         listed = "; ".join(problems[:10]) + ("; ..." if len(problems) > 10 else "")
@@ -274,7 +270,7 @@ def decode(source, folder, size, channels, wanted):
         sums[rows] = moments(images[rows[0]:rows[-1] + 1])
         return problems
 
-    complain(source, run(source, finish, max(1, CHUNK // (size ** 2 * channels))))
+    refuse_files(source, in_threads(source, finish, max(1, CHUNK // (size ** 2 * channels))))
     np.savez(folder / "rows.npz", hashes=hashes, shapes=sides, moments=sums)
     classes = mask_classes(source, masks, values) if source.masks else ()
     (folder / "info.json").write_text(json.dumps(classes))
@@ -287,8 +283,8 @@ def decode(source, folder, size, channels, wanted):
               "with black")
 
 
-def run(source, finish, step):
-    """Calls finish(rows, pictures) for some rows at a time in a few threads (Pillow and numpy let others run), and
+def in_threads(source, finish, step):
+    """Calls finish(rows, pictures) for some rows at a time in a few threads, as Pillow and numpy let others run, and
     gathers what it returns."""
     problems, waiting, items = [], [], iter(source.files or rows_of(source))
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

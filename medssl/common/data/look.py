@@ -13,7 +13,7 @@ import numpy as np
 from .. import cli, files
 from ..pictures import sheet
 from . import decode, phantoms, prepare, volumes
-from .dataset import unit
+from .dataset import by, unit
 from .sources import find, is_volume
 
 SHOWN = 48                                                                  # images on the sheet
@@ -48,15 +48,15 @@ def main(arguments=None):
     if args.path == "phantoms":
         if args.to:
             parser.error("--to: the phantoms are built in, and open at any size")
-        return report(phantoms.opened(args.size, args.channels), "built in", args)
+        return print_counts(phantoms.opened(args.size, args.channels), "built in", args)
     source = find(args.path, args.label, args.group_by, volumes=True)
     if args.to:
-        for note in prepare.write(source, args.to, args):
+        for note in prepare.write_set(source, args.to, args):
             print(note)
         source = find(args.to)
     elif any(map(is_volume, source.names, source.files or ())):
         return look_at_volumes(source)
-    report(decode.open_source(source, args.size, args.channels, args.cache), source.kind, args, source)
+    print_counts(decode.open_source(source, args.size, args.channels, args.cache), source.kind, args, source)
 
 
 def look_at_volumes(source):
@@ -64,14 +64,14 @@ def look_at_volumes(source):
     found = volumes.units([file for name, file in zip(source.names, source.files) if is_volume(name, file)])
     print(f"{source.path}: {len(found)} volumes; cut them into slices with --to FOLDER. The first of them:")
     for paths in found[:10]:
-        array = volumes.turned(volumes.read(paths)[0])
-        print(f"  {os.path.relpath(paths[0], source.path)}: {decode.by(array.shape)}, values {array.min():g} to "
+        array = volumes.turned(volumes.read_volume(paths)[0])
+        print(f"  {os.path.relpath(paths[0], source.path)}: {by(array.shape)}, values {array.min():g} to "
               f"{array.max():g}")
         if array.dtype.kind in "if" and array.min() < -500:
             print("    below -500, as in CT: consider --window -160 240 (soft tissue)")
 
 
-def report(dataset, kind, args, source=None):
+def print_counts(dataset, kind, args, source=None):
     """Prints what a set holds."""
     count, channels, size, _ = dataset.images.shape
     print(f"{dataset.name}: {kind}; {count} images of {size} x {size}, {'colour' if channels == 3 else 'gray'}, "
@@ -93,7 +93,7 @@ def report(dataset, kind, args, source=None):
     shares = np.histogram(some, 10, (0, np.iinfo(some.dtype).max + 1))[0] / some.size
     print("grey values by tenths of the scale: " + " ".join(f"{share:.0%}" for share in shares))
     if args.sheet:
-        draw(dataset, files.check_target(args.sheet, "--sheet"))
+        draw_sheet(dataset, files.check_target(args.sheet, "--sheet"))
         print(f"some of the images: {args.sheet}")
 
 
@@ -127,7 +127,7 @@ def counts(dataset):
     return table
 
 
-def draw(dataset, path):
+def draw_sheet(dataset, path):
     """Images evenly over the classes, masks laid over them."""
     order = np.arange(len(dataset)) if dataset.labels is None else np.argsort(dataset.labels, kind="stable")
     rows = order[np.linspace(0, len(order) - 1, min(len(order), SHOWN)).astype(int)]

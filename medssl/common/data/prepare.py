@@ -20,10 +20,10 @@ NEAR = 6                                                                    # di
 BITS = np.array([bin(number).count("1") for number in range(256)], np.uint8)
 
 
-def write(source, folder, args):
+def write_set(source, folder, args):
     """The set as `args` want it, whole or not at all. Returns notes on what was done."""
     folder = Path(folder).expanduser()
-    check(source, folder, args)
+    check_flags(source, folder, args)
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     part.mkdir()
@@ -38,7 +38,7 @@ def write(source, folder, args):
     return notes
 
 
-def check(source, folder, args):
+def check_flags(source, folder, args):
     for name, (low, high) in (("window", (-np.inf, np.inf)), ("percentiles", (0, 100))):
         pair = getattr(args, name)
         if pair and not (low <= pair[0] < pair[1] <= high and np.isfinite(pair).all()):
@@ -88,9 +88,9 @@ def pair(source, row, args):
 
 def write_pictures(source, part, args):
     """images/ and masks/; returns [(row of the source, file, mask's file, group)] and notes."""
-    rows, problems, dropped, patients = [], [], {"copies": 0, "near copies": 0}, {}
+    rows, problems, dropped = [], [], {"copies": 0, "near copies": 0}
     exact, near = set(), {}
-    work = sorted(pieces(source, args), key=lambda piece: in_order(source, piece[0], args))
+    work = sorted(pieces(source, args), key=lambda piece: place_in_line(source, piece[0], args))
     for row, produce in tqdm(work, desc=f"writing {source.name}", unit=" files", leave=False):
         try:
             patient, layers = produce()
@@ -99,7 +99,7 @@ def write_pictures(source, part, args):
             continue
         group = source.groups[row] if source.groups and not patient else ""
         if patient:
-            group = f"patient {patients.setdefault(patient, len(patients) + 1)}"
+            group = f"patient {patient}"                                    # split.csv keeps a number
         elif not group and len(layers) > 1:
             group = source.names[row]                                       # the slices of a volume stay together
         for number, image, mask in layers:
@@ -110,17 +110,17 @@ def write_pictures(source, part, args):
             stem = re.sub(r"(\.nii)?\.\w+$", "", source.names[row]) if source.files else f"{row:06d}"
             stem = re.sub(r"[^\w./-]", "_", stem).removeprefix("images/") 
             stem += f"-{number:03d}" if len(layers) > 1 else ""
-            rows.append((row, save(image, part, "images", stem, args), mask is not None and
-                         save(mask, part, "masks", stem, args, Image.NEAREST), group))
+            rows.append((row, write_png(image, part, "images", stem, args), mask is not None and
+                         write_png(mask, part, "masks", stem, args, Image.NEAREST), group))
     if not args.skip_unreadable:
-        decode.complain(source, problems)
+        decode.refuse_files(source, problems)
     if not rows:
         raise UserError(f"{source.path}: no image is left; another --window, or none, may show something")
     notes = [f"{len(problems)} unreadable files left out: {'; '.join(problems[:10])}"] * bool(problems)
     return rows, notes + [f"{count} {kind} dropped" for kind, count in dropped.items() if count]
 
 
-def in_order(source, row, args):
+def place_in_line(source, row, args):
     """Of copies, the first is kept: a test image, which nobody learns from, before a training image."""
     first = {"test": 0, "val": 1}.get(source.splits[row], 2) if args.dedupe and source.splits else 0
     return first, row
@@ -147,7 +147,7 @@ def difference_hash(image):
     return np.packbits(grid[:, 1:] > grid[:, :-1]).view(np.uint64)[0]
 
 
-def save(image, part, kind, stem, args, method=Image.BILINEAR):
+def write_png(image, part, kind, stem, args, method=Image.BILINEAR):
     """One PNG; returns its path below the new folder."""
     if args.size:
         image = decode.fitted(image, args.size, method)

@@ -51,7 +51,7 @@ def units(files):
     return sorted(found)
 
 
-def read(files):
+def read_volume(files):
     """(image, PatientID or "", whether small values are bright)"""
     for file in files:
         existing(file)
@@ -95,9 +95,9 @@ def turned(image):
     return array if image.GetDimension() == 3 else array[None]
 
 
-def mask_of(path, image):
+def mask_stack(path, image):
     """The mask of an image, turned as it: a mask's own header often says nothing."""
-    mask = read([path])[0]
+    mask = read_volume([path])[0]
     with naming(path):
         if mask.GetDimension() == 4:
             mask = mask[..., 0]
@@ -134,9 +134,9 @@ def eight_bits(layer, ends):
 def slices(files, mask_path, window, percentiles, axis):
     """Of one volume: its PatientID, and [(number, image (rows, columns[, 3]), mask or None)] of the slices that show
     something: at least 1 % of the pixels above a tenth of full scale, or anything in the mask."""
-    image, patient, inverted = read(files)
+    image, patient, inverted = read_volume(files)
     stack = np.moveaxis(turned(image), axis, 0)                             # (slices, rows, columns[, 3])
-    masks = [None] * len(stack) if not mask_path else np.moveaxis(mask_of(mask_path, image), axis, 0)
+    masks = [None] * len(stack) if not mask_path else np.moveaxis(mask_stack(mask_path, image), axis, 0)
     if len(stack) > 1 and not window:                                       # of volumes the range is never known
         percentiles = percentiles or PERCENTILES
     ends, shown = grey_range(stack, window, percentiles), []

@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from .. import feed, metrics, pictures
-from .report import chance_of, describe, rare_recall
+from .report import cell_words, chance_of, rare_recall
 from .scores import SHARES, slice_dice
 from .study import file_name
 from .tasks import TASKS, WORDS
@@ -92,7 +92,7 @@ def draw_scores(study, summaries, path):
     for task in dict.fromkeys(s.cell.task for s in summaries):
         start = next(s for s in summaries if s.cell.task == task)
         own = {s.model: s for s in summaries if s.cell == start.cell}
-        label = f"{TASKS[task].title}: {WORDS.get(start.main, start.main)}, {describe(start.cell)}"
+        label = f"{TASKS[task].title}: {WORDS.get(start.main, start.main)}, {cell_words(start.cell)}"
         series[label] = [own[n].mean(start.main) if n in own else math.nan for n in names]
         ends = [own[n].interval.get(start.main) if n in own else None for n in names]
         intervals[label], chances = list(zip(*(e or (math.nan, math.nan) for e in ends))), chances | levels(study, task)
@@ -127,7 +127,7 @@ def draw_convergence(study, records, path):
         if len(curves):
             epochs, mean, spread = curves[0, :, 0], curves[:, :, 1].mean(0), curves[:, :, 1].std(0)
             series[m.name], bands[m.name] = (epochs, mean), (mean - spread, mean + spread)
-    title = (f"{study.dataset.name}, validation: {TASKS[cell.task].title}, {describe(cell)}; "
+    title = (f"{study.dataset.name}, validation: {TASKS[cell.task].title}, {cell_words(cell)}; "
              f"{band_words(len({r.seed for r in records}))}")
     score = "balanced_accuracy" if TASKS[cell.task].target == "labels" else "dice"
     pictures.curves(series, path, title, "epochs", WORDS[score], bands=bands, horizontal=levels(study, cell.task))

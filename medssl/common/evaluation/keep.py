@@ -44,14 +44,14 @@ def content(path):
     return values if isinstance(values, dict) else {}
 
 
-def save(record, path):
+def save_fit(record, path):
     facts = {f.name: getattr(record, f.name) for f in fields(record) if f.name not in (*ARRAYS, "scored")}
     arrays = {key: getattr(record, key) for key in ARRAYS if getattr(record, key) is not None}
     with files.whole(path) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, facts=json.dumps(facts, default=float), **arrays)
 
 
-def load(path):
+def load_fit(path):
     """The fields of a record but its scores."""
     try:
         with np.load(path, allow_pickle=False) as archive:

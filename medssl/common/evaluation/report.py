@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from .. import files, metrics
+from ..data.dataset import by
 from .scores import gain, steps_to
-from .study import Cell, by
+from .study import Cell
 from .tasks import SPEED, TASKS, WORDS, schedule, training_rows
 
 LEGEND = """[ ]: 95 % when the test patients are drawn anew. *: settled, larger than what the draws of test patients and
@@ -109,7 +110,7 @@ def mean_and_spread(values):
     return {"mean": metrics.mean_defined(values), "spread": spread}
 
 
-def describe(cell):
+def cell_words(cell):
     words = [cell.labels and f"labels {cell.labels}", cell.imbalance and f"imbalance {cell.imbalance:g}", cell.augment,
              cell.stage and f"stage {cell.stage}"]
     return ", ".join(filter(None, words))
@@ -150,12 +151,12 @@ def say_training(study, cell):
     """The images that a cell learns from, and which classes are not among them."""
     target = study.targets[TASKS[cell.task].target]
     each = [training_rows(study, cell, seed) for seed in study.seeds]
-    print(f"    {describe(cell)}: training on {count(study, each[0])}{' (first seed)' * (len(each) > 1)}")
+    print(f"    {cell_words(cell)}: training on {count(study, each[0])}{' (first seed)' * (len(each) > 1)}")
     lost = [c for i, c in enumerate(target.classes) if TASKS[cell.task].target == "labels"
             and any(i not in target.values[rows] for rows in each)]
     if lost:
         more = f" and {len(lost) - 4} more classes" if len(lost) > 4 else ""
-        study.note(f"{describe(cell)}: in some seeds no training image of {', '.join(lost[:4])}{more}; scored with "
+        study.note(f"{cell_words(cell)}: in some seeds no training image of {', '.join(lost[:4])}{more}; scored with "
                    "what is there")
 
 
@@ -177,7 +178,7 @@ def tidy(value):
     return value.item() if isinstance(value, np.generic) else value
 
 
-def flat(summary):
+def plain(summary):
     own = asdict(summary)
     return {**own.pop("cell")._asdict(), **own.pop("train"), **own}
 
@@ -189,7 +190,7 @@ def facts(record):
     return {**own, **record.cell._asdict(), "scores": record.scored.scores}
 
 
-def write_json(study, records, summaries, differences, stopped=False):
+def write_results_json(study, records, summaries, differences, stopped=False):
     dataset = study.dataset
     files.write_json(study.out / "results.json", tidy({
         "settings": vars(study.args), "stopped": stopped, "notes": study.notes,
@@ -200,7 +201,7 @@ def write_json(study, records, summaries, differences, stopped=False):
                     for kind, target in study.targets.items()}},
         "models": [{"name": m.name, "encoder": m.encoder, "stem": m.stem, "step": m.step, "normalised": m.normalised,
                     "file": m.file and str(m.file)} for m in study.models],
-        "cells": [flat(s) for s in summaries],
+        "cells": [plain(s) for s in summaries],
         "differences": [{**d.cell._asdict(), "first": d.first, "second": d.second, "metric": d.metric, **asdict(d.gain)}
                         for d in differences],
         "fits": [facts(r) for r in records],
@@ -247,7 +248,7 @@ def print_table(study, summaries, differences):
     learns = [1] * bool(TASKS[task].target)                                 # else these two columns are not there
     lines = [["encoder", *["learnt from"] * len(learns), WORDS.get(first, first), *["over random"] * len(learns),
               *(WORDS.get(name, name) for name in others)]]
-    lines += [[s.model, *[f"{describe(s.cell)} ({s.train['train_images']:.0f} images)" for _ in learns],
+    lines += [[s.model, *[f"{cell_words(s.cell)} ({s.train['train_images']:.0f} images)" for _ in learns],
                main_text(study, s), *[over_random(study, differences, s) for _ in learns],
                *(number(s.mean(name)) for name in others)] for s in summaries]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
@@ -302,7 +303,7 @@ def print_differences(study, differences):
     if shown:
         print("\npaired differences")
     for d in shown:
-        what = f"{TASKS[d.cell.task].title}, {describe(d.cell)}: {d.first} - {d.second}"
+        what = f"{TASKS[d.cell.task].title}, {cell_words(d.cell)}: {d.first} - {d.second}"
         print(f"  {what}: {worth(d.gain)}")
     if len(shown) > 1:
         print(f"  these are {len(shown)} comparisons: with no difference anywhere, up to {0.05 * len(shown):.1f} of "

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from .. import cli, data, encoders, files
-from ..data.dataset import LEARNT_FROM
+from ..data.dataset import LEARNT_FROM, by
 from ..errors import UserError
 from ..features import extract, joined, set_statistics, statistics, thumbnails
 from . import keep
@@ -151,7 +151,7 @@ def file_name(text):
 def open_study(args, device):
     """The images, and all models on them. One set of images for all rows: at the size, the channels, the column and the
     splits of the first run unless the flags say otherwise."""
-    models = [describe(path, args) for path in args.runs]
+    models = [model_of(path, args) for path in args.runs]
     first = next((model for model in models if model.run), None)
     dataset = open_images(args, models, first and first.run)
     groups = np.arange(len(dataset)) if dataset.groups is None else dataset.groups
@@ -168,10 +168,6 @@ def open_study(args, device):
         if model.encoder is None or model.unlearned:
             model.features = features_of(model, study)
     return study
-
-
-def by(shape):
-    return " x ".join(map(str, shape))
 
 
 def same_set(run, args):
@@ -217,7 +213,7 @@ def features_of(model, study):
     return parts[0] if len(parts) == 1 else joined(parts, study.learnt_from())
 
 
-def describe(named, args):
+def model_of(named, args):
     """The model that a run's folder, a file of weights or of features, or a name of UNLEARNED stands for."""
     path, plus, unlearned = named.rpartition("+")
     if unlearned not in UNLEARNED or Path(named).exists():
@@ -234,13 +230,13 @@ def describe(named, args):
     by_folder = file.stem.startswith("encoder") or of_a_run and file.stem == "checkpoint"
     name = (Path(os.path.realpath(folder)).name if by_folder else file.stem) + (f"@{step[1]}" if step else "")
     run = files.read_run(folder) if of_a_run else None
-    encoder, stem = (run.encoder, run.stem) if run else kind_of(file, args)
+    encoder, stem = (run.encoder, run.stem) if run else network_of(file, args)
     for value, choices, what in ((encoder, encoders.ENCODERS, "encoder"), (stem, encoders.STEMS, "stem")):
         cli.one_of(value, choices, f"{what} in the .json of {path}")
     return Model(name + more, encoder, stem, file, run, int(step[1]) if step else None, unlearned)
 
 
-def kind_of(file, args):
+def network_of(file, args):
     """The encoder and the stem that are asked for, that the file's neighbour names, or that its keys and shapes fit."""
     known = encoders.about(file)
     name, stem = args.encoder or known.get("name"), args.stem or known.get("stem")

@@ -72,16 +72,16 @@ class Record:
     scored: scores.Scored | None = None
 
 
-def run(study, cell, model, seed):
+def record_of(study, cell, model, seed):
     """One fit and its record; read, where it is on disk already."""
     path = study.out and study.path_of(cell, model, seed)
     if path and path.is_file():
-        words = keep.load(path)
+        words = keep.load_fit(path)
         record = Record(**words | {"cell": Cell(*words["cell"])})
     else:
         record = do(study, cell, model, seed)
         if path:
-            keep.save(record, path)
+            keep.save_fit(record, path)
     for line in record.notes:
         study.note(line)
     task, target = TASKS[cell.task], study.targets.get(TASKS[cell.task].target)
@@ -108,7 +108,7 @@ def applies(cell, model):
     return task.frozen or not model.normalised
 
 
-def check(study, name):
+def check_answers(study, name):
     """Scores blank answers, so that a task whose answers can't be scored fails before the first fit."""
     task, target = TASKS[name], study.targets.get(TASKS[name].target)
     if target:
@@ -218,7 +218,7 @@ def trained(fit, build):
         network = fit.model.fresh(fit.study, fit.seed)
         torch.manual_seed(fit.seed)
         method = build(network, augment.build(fit.cell.augment, fit.study.dataset.images.shape[2]))
-        facts = train(fit, method, lr)
+        facts = train_at(fit, method, lr)
         if best is None or facts["validation"] > best[0]["validation"]:
             best = facts, method
     facts, method = best
@@ -228,7 +228,7 @@ def trained(fit, build):
                     **facts)
 
 
-def train(fit, method, lr):
+def train_at(fit, method, lr):
     """Trains at one rate; returns the facts of it. The weights that are best on validation remain."""
     study, args, target, val = fit.study, fit.args, fit.target, fit.target.rows["val"]
     before = readouts.fingerprint(method.encoder)
