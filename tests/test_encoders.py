@@ -248,13 +248,6 @@ def test_a_decoder_starts_at_nought_and_leaves_it():
     assert all(p.grad.abs().max() > 0 for p in zero.parameters())           # from the second step on
 
 
-def test_a_resnet_without_its_last_stage():
-    encoder = encoders.build("resnet18-3stages", 3)
-    assert (encoder.widths, encoder.strides, encoder.dim) == ([64, 128, 256], [4, 8, 16], 256)
-    assert encoder(torch.rand(1, 3, 64, 64)).shape == (1, 256)
-    assert {key.split(".")[0] for key in encoder.state_dict()} == {"conv1", "bn1", "layer1", "layer2", "layer3"}
-
-
 def test_loads_other_numbers_of_channels():
     """Colour to gray: as if the gray image were repeated. Gray to colour: as if the colours were averaged."""
     colour, gray, back = tiny_encoder(3).eval(), tiny_encoder(1).eval(), tiny_encoder(3).eval()

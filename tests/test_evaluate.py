@@ -385,25 +385,21 @@ def test_sets_that_lack_something(home, npz, capsys):
     run("--data", "stack.npy", *CPU, "--encoder", "tiny", "--seeds", "1")
     assert "neither labels nor masks" in capsys.readouterr().out
 
-    def some(columns, wanted):
-        """Some columns and rows of the set."""
+    def some(wanted):
+        """Some rows of the set, without masks."""
         with open(home / "set/split.csv") as file:
             rows = [row | {"file": home / "set" / row["file"]} for row in csv.DictReader(file) if wanted(row)]
         Path("some").mkdir(exist_ok=True)
         with open("some/split.csv", "w") as file:
-            writer = csv.DictWriter(file, columns, extrasaction="ignore")
+            writer = csv.DictWriter(file, ["file", "label", "split", "group"], extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
         return "--data", "some", *words
-    run(*some(["file", "label"], lambda row: True), "knn", "--seeds", "1")
-    said = capsys.readouterr().out
-    assert "has no splits" in said and "no patient numbers" in said
-    columns = ["file", "label", "split", "group"]
-    run(*some(columns, lambda row: row["split"] != "val" and (row["label"], row["split"]) != ("bright", "train")),
+    run(*some(lambda row: row["split"] != "val" and (row["label"], row["split"]) != ("bright", "train")),
         "knn", "linear", "--seeds", "1")
     said = capsys.readouterr().out
     assert "no image of the train split holds class bright: never predicted" in said and "no validation split" in said
-    few = some(columns, lambda row: row["split"] == "test" or row["group"] == "p0")
+    few = some(lambda row: row["split"] == "test" or row["group"] == "p0")
     assert "two in train and one in test" in fails(capsys, *few, "knn")
 
 
@@ -426,9 +422,7 @@ def test_wrong_words(home, capsys):
 def test_damaged_weights(home, capsys):
     state = torch.load(home / "run/encoder.pt", weights_only=True)
     torch.save(state | {"bn1.weight": torch.full((8,), float("nan"))}, "nan.pt")
-    torch.save({"conv1.weight": torch.zeros(5, 1, 3, 3)}, "other.pt")
-    for name, word in (("nan", "not finite"), ("other", "other.pt: ")):
-        assert word in fails(capsys, f"{name}.pt", "--data", home / "set", *CPU)
+    assert "not finite" in fails(capsys, "nan.pt", "--data", home / "set", *CPU)
     Path("nan.json").write_text(json.dumps({"name": "vit", "stem": "default"}))
     assert "unknown encoder in the .json of nan.pt 'vit'" in fails(capsys, "nan.pt", "--data", home / "set", *CPU)
 
@@ -477,30 +471,27 @@ def test_differences_are_taken_seed_by_seed():
 
 
 def test_a_task_whose_answers_have_another_shape(home, monkeypatch):
-    """Mean average precision of retrieval, one number an image, is a task added in one place; one that is scored
-    otherwise than it says fails before the first fit."""
-    def retrieve(fit):
-        features, labels = fit.study.features(fit.model, fit.seed)[0], torch.as_tensor(fit.values)
-        return tasks.answered(fit, lambda rows: np.array([metrics.average_precision(
-            (labels[fit.rows] == labels[row]).long(), features[fit.rows] @ features[row]) for row in rows]))
+    """One number an image is a task added in one place; one that is scored otherwise than it says fails before the
+    first fit."""
     answers = scores.Answers(
-        "average precision (images,)", lambda target: np.zeros(len(target.test)),
-        lambda values, target: scores.Scored({"map": values.mean()}, ("map",), lambda rows: values[rows].mean()[None],
+        "grey (images,)", lambda target: np.zeros(len(target.test)),
+        lambda values, target: scores.Scored({"grey": values.mean()}, ("grey",), lambda rows: values[rows].mean()[None],
                                              target.test_groups))
-    task = tasks.Task("retrieval", "nearest first", retrieve, ("map",), needs="features", frozen=True, target="labels",
-                      answers=answers, chance=lambda target: 1 / 3)
-    monkeypatch.setitem(TASKS, "retrieval", task)
+    task = tasks.Task(
+        "grey", "", lambda fit: tasks.answered(fit, lambda rows: fit.study.dataset.images[rows].mean((1, 2, 3))),
+        ("grey",), needs="features", frozen=True, target="labels", answers=answers, chance=lambda target: 1 / 3)
+    monkeypatch.setitem(TASKS, "grey", task)
     monkeypatch.setattr(evaluate.tasks, "TASKS", TASKS)
     own = evaluate.parse([str(home / "run"), *CPU, "--seeds", "2", "--out", "out"])
-    own.task = ["retrieval"]                                                # the parser's choices are older
+    own.task = ["grey"]                                                     # the parser's choices are older
     monkeypatch.setattr(evaluate, "parse", lambda argv: own)
     run()
-    assert all(0 < c["scores"]["map"]["mean"] < 1 for c in results("out"))
+    assert all(c["scores"]["grey"]["mean"] > 1 for c in results("out"))
     for change in ({"columns": ("nothing",)}, {"answers": scores.SHARES},
                    {"columns": ("auc",), "answers": scores.SHARES}):        # the last one at its first fit
-        monkeypatch.setitem(TASKS, "retrieval", tasks.replace(task, **change))
+        monkeypatch.setitem(TASKS, "grey", tasks.replace(task, **change))
         own.out = "other"
-        with pytest.raises(ValueError, match="task retrieval"):
+        with pytest.raises(ValueError, match="task grey"):
             run()
         assert not list(Path().glob("other/results.*"))
 

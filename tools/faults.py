@@ -360,7 +360,7 @@ FAULTS = {                                                                  # fi
          "for name, part in [*self.parts.items()][:1]:\n            own", "pretext -k parts"),
     ],
     "medssl/common/loop.py": [
-        ("accumulation not averaged", 'out["loss"] / config.accum', 'out["loss"]', "loop -k accumulation"),
+        ("accumulation not averaged", 'out["loss"] / config.accum', 'out["loss"]', "loop -k own_gradient"),
         ("gradients never cleared", "            optimizer.zero_grad(set_to_none=True)\n", "", "loop -k own_gradient"),
         ("views drawn alike in all steps", "mix(config.seed, step, micro * world + rank)",
          "mix(config.seed, 0, micro * world + rank)", "loop -k drawn"),
