@@ -26,7 +26,7 @@ COMMANDS = [
     f"python train.py --deal 1 --init runs/a --keep-every 1 --weight-decay-end 0.1 --out runs/c {SMALL}",
     f"python evaluate.py runs/a --task knn linear collapse {READ_OUT}",
     "python evaluate.py thumbnails statistics runs/a runs/a+statistics --task knn --seeds 1 --device cpu",
-    f"python evaluate.py runs/a --task finetune grade segment unet --labels 0.1 7n --lr 3e-4 1e-3 {READ_OUT}",
+    f"python evaluate.py runs/a --task finetune grade segment unet --labels 7n --lr 3e-4 1e-3 {READ_OUT}",
     f"python evaluate.py runs/c --deal 1 --task linear --stage 1 4 {READ_OUT}",
     f"python evaluate.py runs/a --task finetune --imbalance 1 5 --augment S0 S3 --freeze 0 {READ_OUT}",
     "python evaluate.py runs/c/encoder-1.pt runs/c/encoder-2.pt --task knn --seeds 1 --all-columns --device cpu",
